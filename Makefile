@@ -1,0 +1,43 @@
+# make demo   fine-tune a real model on this machine, through notebook 17; leaves runs/demo/
+# make test   every test and every notebook
+# make lab    JupyterLab on the course
+# Each makes its own virtual environment in .venv first. PYTHON=... names another interpreter, VENV=... another folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export JUPYTER_PLATFORM_DIRS := 1
+
+.PHONY: demo test code notebooks lint lab clean
+
+demo: $(VENV)/.installed
+	mkdir -p runs
+	if [ -e runs/demo ]; then mv runs/demo "runs/demo-before-$$(date +%Y%m%d-%H%M%S)"; fi
+	$(BIN)/python -m papermill notebooks/17_finetune.ipynb runs/17_finetune.ipynb --cwd notebooks -p output ../runs/demo
+	mv runs/17_finetune.ipynb runs/demo/
+	@echo "runs/demo/ holds the executed notebook, the adapter and metrics.json"
+
+test: lint code notebooks
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+code: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+notebooks: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastkit needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

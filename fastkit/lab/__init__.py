@@ -1,0 +1,1 @@
+"""Measure and see: the device, recorded results."""

@@ -1,0 +1,3 @@
+"""Fine-tune a model with QLoRA."""
+
+import fastkit.models.bnb  # noqa: F401  before transformers imports bitsandbytes

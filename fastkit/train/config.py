@@ -1,0 +1,88 @@
+"""Every setting of a fine-tune: a flag of `fastkit finetune` and an argument of `FineTune` alike."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+from fastkit.errors import FastkitError
+
+# What must be the same for a resumed run to be the same run.
+RESUME_MAY_CHANGE = ("output", "resume", "save_total_limit", "progress")
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FinetuneConfig:
+    """Settings of one fine-tune; the metadata of each field is its help text."""
+
+    model: str = _flag("smollm2", "smollm2, a local folder, a hub id, or with random_weights a named 7B or 13B shape")
+    random_weights: bool = _flag(False, "draw random weights of the exact shape: for speed and memory, not for quality")
+    data: str = _flag("gpu-instructions", "file (jsonl, json, csv, parquet), folder, hub id, or gpu-instructions")
+    validation: str | None = _flag(None, "validation data; by default the data's own split, else a part of train")
+    validation_fraction: float = _flag(0.05, "part of the training data held out when there is no validation data")
+    output: str = _flag("runs/finetune", "folder of this run: checkpoints, adapter, metrics.json")
+    resume: bool = _flag(False, "go on from the last checkpoint in the output folder")
+    max_length: int = _flag(1024, "longest sequence in tokens")
+    on_long: Literal["truncate", "drop", "error"] = _flag("truncate", "what to do with a longer record")
+    rank: int = _flag(16, "rank of the LoRA adapters")
+    alpha: float | None = _flag(None, "LoRA scale = alpha / rank; by default alpha = rank")
+    dropout: float = _flag(0.0, "dropout on the adapters' input")
+    learning_rate: float = _flag(2e-4, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = _flag("cosine", "learning rate after the warm-up")
+    warmup: float = _flag(0.05, "part of the steps in which the learning rate rises")
+    weight_decay: float = _flag(0.0, "decoupled weight decay of the adapters")
+    max_grad_norm: float = _flag(1.0, "clip the gradient's norm to this")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = _flag("adamw8bit", "from bitsandbytes")
+    epochs: float = _flag(1.0, "passes over the training data, when steps is not given")
+    steps: int = _flag(-1, "optimizer steps; overrides epochs when above 0")
+    batch_size: int = _flag(4, "sequences a forward pass")
+    accumulation: int = _flag(1, "forward passes an optimizer step")
+    gradient_checkpointing: bool | None = _flag(None, "recompute activations; default: only above 1B parameters")
+    kernels: Literal["auto", "on", "off"] = _flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag("auto", "auto: bf16, fp16 on older cards, fp32 on the CPU")
+    eval_steps: int = _flag(0, "validate every so many steps; 0: eight times a run")
+    save_steps: int = _flag(0, "checkpoint every so many steps; 0: at each validation")
+    save_total_limit: int = _flag(2, "checkpoints kept, beside the best")
+    keep: Literal["best", "last"] = _flag(
+        "best", "which adapter to export: the one of the lowest validation loss, or the last"
+    )
+    patience: int = _flag(3, "stop after so many validations without a new lowest loss; 0: never")
+    seed: int = _flag(0, "of the adapters, the order of the data and the dropout")
+    facts: bool = _flag(True, "ask the validation records that carry a fact, before and after")
+    samples: int = _flag(3, "how many other validation questions to answer, before and after")
+    progress: bool = _flag(True, "show the progress bar, or in a notebook the live plot")
+
+    def check(self) -> None:
+        """Raise FastkitError, naming the value, for a setting that cannot work."""
+        for name in ("rank", "max_length", "batch_size", "accumulation", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise FastkitError(f"--{name} {getattr(self, name)} must be 1 or more")
+        for name in ("learning_rate", "max_grad_norm", "epochs"):
+            if not getattr(self, name) > 0:
+                raise FastkitError(f"--{name} {getattr(self, name)} must be above 0")
+        for name in ("eval_steps", "save_steps", "patience", "samples", "warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise FastkitError(f"--{name} {getattr(self, name)} must not be negative")
+        if self.steps == 0 or self.steps < -1:
+            raise FastkitError(f"--steps {self.steps} must be above 0, or -1 to go by --epochs")
+        if not 0 < self.validation_fraction < 1:
+            raise FastkitError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1")
+        if self.keep == "best" and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
+            raise FastkitError(
+                f"--save_steps {self.save_steps} must be a multiple of --eval_steps {self.eval_steps} to keep the best "
+                "adapter; change one, or use --keep last"
+            )
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def differences(self, earlier: dict) -> list[str]:
+        """The settings in which `earlier` (another config's dict) differs in a way that makes it another run."""
+        return [
+            f.name
+            for f in fields(self)
+            if f.name not in RESUME_MAY_CHANGE and earlier.get(f.name, f.default) != getattr(self, f.name)
+        ]

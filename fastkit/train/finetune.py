@@ -1,0 +1,195 @@
+"""A QLoRA fine-tune from one call, or step by step as the notebook does it."""
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from fastkit.errors import FastkitError
+from fastkit.lab.device import card, has_triton, peak_gib, reset_peak, versions
+from fastkit.models import add_lora, load
+from fastkit.models.chat import answer
+from fastkit.models.load import resolve_device, resolve_dtype
+from fastkit.train import data, facts, run_folder
+from fastkit.train import trainer as trainer_
+from fastkit.train.callbacks import curves
+from fastkit.train.config import FinetuneConfig
+
+
+def finetune(**settings) -> dict:
+    """Fine-tune in one call; `settings` are those of FinetuneConfig. Returns what `metrics.json` holds."""
+    run = FineTune(**settings)
+    run.prepare()
+    run.train()
+    run.save()
+    return run.metrics
+
+
+class FineTune:
+    """One fine-tune: `prepare`, then `train`, then `save`; `metrics` grows along the way.
+
+    Attributes after `prepare`: `model` (peft), `tokenizer`, `train_set`, `validation_set` (tokenized), `asked` (the
+    questions that carry a fact), `samples` (the first questions that carry none), `trainer`, `folder`.
+
+    Raises FastkitError for every bad setting, file or model, before anything is written but the run's own folder.
+    """
+
+    def __init__(self, **settings):
+        try:
+            self.config = FinetuneConfig(**settings)
+        except TypeError as error:
+            raise FastkitError(f"unknown setting: {error}") from error
+        self.config.check()
+        self.metrics = {"config": self.config.as_dict()}
+
+    def prepare(self) -> "FineTune":
+        """Load and check everything; evaluate the model as it is."""
+        config = self.config
+        device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, device)
+        use_kernels = self._use_kernels(device)
+        train_records, validation_records = data.load_splits(
+            config.data, config.validation_fraction, config.seed, config.validation
+        )
+        run_folder.check(config)
+        set_seed(config.seed)
+        base, self.tokenizer = load(
+            config.model,
+            random_weights=config.random_weights,
+            device=str(device),
+            dtype={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype],
+            seed=config.seed,
+        )
+        context = getattr(base.config, "max_position_embeddings", None)
+        tokenize = dict(max_length=config.max_length, on_long=config.on_long, context=context)
+        self.train_set = data.tokenize_records(train_records, self.tokenizer, **tokenize)
+        self.validation_set = data.tokenize_records(validation_records, self.tokenizer, **tokenize)
+        self.asked = facts.questions(validation_records) if config.facts else []
+        self.samples = facts.samples(validation_records, config.samples)
+        self.model = add_lora(base, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed)
+        self.device = device
+        if use_kernels:
+            from fastkit.models.patch import patch
+
+            self.metrics["kernels"] = patch(self.model)
+        self.folder = run_folder.claim(config)
+        columns = ["input_ids", "labels"]
+        self.trainer = trainer_.build(
+            config,
+            self.model,
+            self.train_set.select_columns(columns),
+            self.validation_set.select_columns(columns),
+            data.Collator(self.tokenizer.pad_token_id),
+            self.dtype,
+        )
+        self.metrics |= {
+            "card": card(device),
+            "versions": versions(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data": {"train": data.describe(self.train_set), "validation": data.describe(self.validation_set)},
+            "parameters": self._parameters(),
+            "before": self.evaluate(),
+        }
+        return self
+
+    def train(self) -> dict:
+        """Train, from the last checkpoint if `resume`; returns the metrics so far."""
+        checkpoint = run_folder.last_checkpoint(self.folder) if self.config.resume else None
+        if self.config.resume:
+            print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from step 0")
+        reset_peak(self.device)
+        self.trainer.tokens_seen.zero_()
+        timer = StepTimer()
+        self.trainer.add_callback(timer)
+        start = time.perf_counter()
+        with self._out_of_memory():
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = self.trainer.state
+        tokens = int(self.trainer.tokens_seen)
+        training, validation = curves(state.log_history)
+        self.metrics |= {
+            "steps": state.global_step,
+            "resumed_from": checkpoint.name if checkpoint else None,
+            "stopped_early": state.global_step < state.max_steps,
+            "exported_step": state.best_global_step if self.config.keep == "best" else state.global_step,
+            "seconds": round(time.perf_counter() - start, 2),
+            "tokens": tokens,
+            "tokens_per_second": timer.rate(tokens),
+            "peak_memory_gib": round(peak_gib(self.device), 3),
+            "losses": training,
+            "validation_losses": validation,
+        }
+        self.metrics["after"] = self.evaluate()
+        return self.metrics
+
+    def save(self) -> Path:
+        """Write the adapter (safetensors, adapter_config.json, tokenizer) and metrics.json; returns its folder."""
+        target = self.folder / "adapter"
+        with run_folder.staged(target) as staging:
+            self.model.save_pretrained(staging, safe_serialization=True)
+            self.tokenizer.save_pretrained(staging)
+        run_folder.write_json(self.folder / "metrics.json", self.metrics)
+        return target
+
+    def evaluate(self) -> dict:
+        """Validation loss, the score on the questions that carry a fact, and the answers to the sample questions."""
+        with self._out_of_memory():
+            # Trainer.evaluate would log a step-0 validation into the run's curve
+            loop = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), "evaluation")
+            result = {"validation_loss": loop.metrics["eval_loss"]}
+            if self.asked:
+                result["facts"] = facts.score(self.model, self.tokenizer, self.asked)
+            if self.samples:
+                texts = answer(self.model, self.tokenizer, self.samples, max_new_tokens=96)
+                questions = [chat[-1]["content"] for chat in self.samples]
+                result["samples"] = [{"question": q, "answer": a} for q, a in zip(questions, texts, strict=True)]
+        return result
+
+    def _use_kernels(self, device: torch.device) -> bool:
+        wanted = self.config.kernels
+        if wanted == "on" and device.type == "cuda" and not has_triton():
+            raise FastkitError("--kernels on needs triton, which does not import: pip install triton, or --kernels off")
+        return wanted == "on" or (wanted == "auto" and device.type == "cuda" and has_triton())
+
+    def _parameters(self) -> dict:
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return {
+            "base": self.model.get_base_model().num_parameters() - trainable,
+            "adapters": trainable,
+            "base_gib": round(self.model.get_memory_footprint() / 2**30, 3),
+        }
+
+    @contextmanager
+    def _out_of_memory(self):
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            config = self.config
+            raise FastkitError(
+                f"out of GPU memory at batch_size {config.batch_size}, max_length {config.max_length} (peak "
+                f"{peak_gib(self.device):.1f} GiB): halve --batch_size and double --accumulation, shorten "
+                "--max_length, or set --gradient_checkpointing true; checkpoints are kept"
+            ) from error
+
+
+class StepTimer(TrainerCallback):
+    """Seconds spent in optimizer steps alone: validation and checkpoints are left out."""
+
+    def __init__(self):
+        self.seconds, self.began = [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:  # the loss was read back, so the step's work on the device is done
+            self.seconds.append(time.perf_counter() - self.began)
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens a second: the mean tokens of a step over its median time."""
+        if not self.seconds:
+            return None
+        ordered = sorted(self.seconds)
+        return round(tokens / len(ordered) / ordered[len(ordered) // 2], 1)

@@ -1,0 +1,135 @@
+"""The folder of one run, and writing into it so that a kill or a full disk never leaves half a result."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastkit.errors import FastkitError
+from fastkit.train.config import FinetuneConfig
+
+RUN_FILE = "run.json"
+STAGING = ".staging-"
+
+
+def check(config: FinetuneConfig) -> None:
+    """Raise FastkitError unless the output folder is free, or holds the run to be resumed. Writes nothing."""
+    folder = Path(config.output)
+    run_file = folder / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise FastkitError(f"output {folder} is a file: name a folder")
+    if run_file.is_file():
+        if not config.resume:
+            raise FastkitError(f"output {folder} already holds a run: add --resume to go on with it, or name another")
+        try:
+            earlier = json.loads(run_file.read_text())["config"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise FastkitError(f"{run_file} is damaged ({error}): name another output folder") from error
+        if changed := config.differences(earlier):
+            was = ", ".join(f"{name} was {earlier.get(name)!r}" for name in changed)
+            raise FastkitError(f"cannot resume {folder} with other settings: {was}; use the same, or another output")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FastkitError(f"output {folder} is not empty and holds no run: name another folder")
+
+
+def claim(config: FinetuneConfig) -> Path:
+    """Make the output folder for this run, once all its inputs are known to be good. Raises as `check`."""
+    check(config)
+    folder = Path(config.output)
+    run_file = folder / RUN_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{STAGING}*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        if not run_file.is_file():
+            write_json(run_file, {"config": config.as_dict()})
+    except OSError as error:
+        raise save_error(error, folder) from error
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; a `checkpoint-N` folder exists only once it is whole."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return max(found)[1] if found else None
+
+
+@contextmanager
+def staged(target: Path):
+    """Yield a folder to write into; it takes the name `target` in one rename once all of it is on the disk.
+
+    On any error the half-written folder is removed and `target` stays as it was. A full disk becomes a FastkitError.
+    """
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            _sync(path)
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
+            target.rename(old / "old")
+        staging.rename(target)
+        _sync(target.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if is_disk_full(error):
+            raise save_error(error, target) from error
+        raise
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` to `path` in one rename."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=STAGING, suffix=".json", delete=False) as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        Path(file.name).unlink(missing_ok=True) if "file" in locals() else None
+        raise save_error(error, path) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what caused it, is a full disk: torch and safetensors wrap it in errors of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in ("No space left", "os error 28", "file write failed", "unexpected pos")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def save_error(error: BaseException, target: Path) -> FastkitError:
+    """The FastkitError for a write into the run folder that failed."""
+    if is_disk_full(error):
+        where = target if target.is_dir() else target.parent
+        free = shutil.disk_usage(where).free / 2**20
+        last = last_checkpoint(where)
+        keeps = f"the last good checkpoint is {last}" if last else "nothing was overwritten"
+        return FastkitError(
+            f"the disk is full ({free:.0f} MiB free) while saving {target}: {keeps}; free some space and run again "
+            "with --resume"
+        )
+    return FastkitError(f"cannot write {target}: {error}")
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows does not open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

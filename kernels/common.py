@@ -1,0 +1,97 @@
+"""What every kernel file shares: the import of Triton, where an operation runs, input checks, cost.
+
+A kernel file says `from fastkit.kernels.common import tl, triton`. Where Triton is not installed (macOS, say) a
+stand-in takes both names, so that the file still imports and its torch reference still works.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+except ImportError as error:
+
+    class _NoTriton:
+        """Enough of `triton` and of `tl` to define a kernel; `on_triton` sees to it that none is ever launched."""
+
+        constexpr = object
+
+        @staticmethod
+        def jit(kernel):
+            return kernel
+
+    triton = tl = _NoTriton
+    INTERPRETED = False
+    TRITON_MISSING = str(error)
+else:
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in Python
+    TRITON_MISSING = ""
+    if INTERPRETED and not isinstance(tl.sum, InterpretedFunction):
+        raise ImportError("TRITON_INTERPRET=1 was set after Triton had been imported: restart Python and set it first")
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least an operation must do: bytes to and from the GPU's memory, and floating-point operations.
+
+    Every input counts as read once and every output as written once, whatever a cache saves or a kernel wastes, so that
+    bytes_moved / (bytes per second of the card) is the time to beat. An exp, rsqrt or division counts as one operation.
+    """
+
+    bytes_moved: int
+    flops: int
+
+
+def on_triton(op: str, name: str, x: torch.Tensor) -> bool:
+    """Whether `op` runs its Triton kernels on `x` (True) or its torch reference (False), decided here and nowhere else.
+
+    CUDA tensors (ROCm's too) run the kernels. CPU tensors run the reference or, under TRITON_INTERPRET=1, the kernels,
+    interpreted; except in bfloat16, which Triton's interpreter truncates where a GPU rounds.
+    """
+    if x.device.type == "cuda":
+        if TRITON_MISSING:
+            raise NotImplementedError(
+                f"{op}: {name} is on {x.device} but Triton cannot be imported ({TRITON_MISSING}); "
+                "pip install triton (triton-windows on Windows), or pass CPU tensors to run the torch reference"
+            )
+        return True
+    if x.device.type == "cpu":
+        return INTERPRETED and x.dtype != torch.bfloat16
+    raise NotImplementedError(
+        f"{op}: {name} is on device {x.device}; move it to cuda (kernel) or cpu (torch reference)"
+    )
+
+
+def check_floats(op: str, **tensors: torch.Tensor) -> None:
+    """Raise unless all `tensors` are float32, float16 or bfloat16 and lie on the first one's device."""
+    first = next(iter(tensors))
+    device = tensors[first].device if isinstance(tensors[first], torch.Tensor) else None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; give a torch.Tensor")
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; convert it to float32, float16 or bfloat16")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first} is on {device}; move one to the other")
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., N] as [M, N], neighbours in a row being neighbours in memory; rows may lie any stride apart.
+
+    A view, with no copy, for contiguous tensors and for column slices of them such as `stacked[..., :N]`. Every other
+    layout (a transpose, an expanded scalar) is copied here.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`. The interpreter, which has none, gets 4, to exercise several programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

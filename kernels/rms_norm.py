@@ -1,0 +1,239 @@
+"""RMSNorm: scale each row to unit root mean square, then by a learned weight (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+Forward, for a row x of N numbers:
+
+    rstd  = 1 / sqrt(mean(x²) + eps)        one number a row
+    x_hat = x * rstd
+    y     = weight * x_hat
+
+Backward. Given dy = ∂L/∂y, write wdy = weight * dy, which is ∂L/∂x_hat. An x_i reaches the loss twice: through its own
+x_hat_i, and through rstd, which all of the row shares:
+
+    ∂rstd/∂x_i    = -½ (mean(x²) + eps)^(-3/2) * 2 x_i / N  =  -rstd³ x_i / N  =  -rstd² x_hat_i / N
+    ∂x_hat_j/∂x_i = rstd * [i = j]  +  x_j * ∂rstd/∂x_i     =  rstd * ([i = j] - x_hat_j x_hat_i / N)
+
+Multiply by wdy_j and sum over j. The sum is the same for every i, so it is one number c a row:
+
+    c  = mean(x_hat * wdy)
+    dx = rstd * (wdy - x_hat * c)
+    dweight = sum over rows of dy * x_hat
+
+A check by geometry: without eps, dx is orthogonal to x in every row, because a longer x gives the same y.
+
+Saved for the backward: x (the caller's own tensor, no copy), weight and rstd, 4 bytes a row. x_hat is recomputed: one
+multiplication by the x that has to be read anyway, where saving it would write and read as much memory as x again.
+
+Casts: every load is converted to fp32 at once and all arithmetic is fp32, so that 1e4² does not overflow in fp16; a
+result is rounded once, when it is stored. Hugging Face's Llama, Mistral and Qwen round twice, x_hat and then its
+product with weight: we can differ from them in the last bit, and have the smaller error bound. y and dx have x's dtype,
+dweight has weight's.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastkit.kernels.common import Cost, as_rows, check_floats, on_triton, sm_count, tl, triton
+
+MAX_BLOCK_N = 8192  # longer blocks run out of registers in the backward
+MAX_N = 8 * MAX_BLOCK_N  # 65,536, longer than any model's rows
+
+
+def cost(M: int, N: int, dtype=torch.bfloat16, weight_grad: bool = False) -> tuple[Cost, Cost]:
+    """The least work for M rows of N numbers, x and weight of `dtype`: (forward, backward).
+
+    The partial sums that our dweight goes through are our own choice and thus not counted.
+    """
+    x_bytes, weight_bytes, rstd_bytes = M * N * dtype.itemsize, N * dtype.itemsize, M * 4
+    forward = Cost(
+        bytes_moved=2 * x_bytes + weight_bytes + rstd_bytes,  # read x, weight; write y, rstd
+        flops=4 * M * N,  # x * x, its sum, * rstd, * weight
+    )
+    backward = Cost(
+        bytes_moved=3 * x_bytes + weight_bytes * (2 if weight_grad else 1) + rstd_bytes,  # read dy, x; write dx
+        flops=(9 if weight_grad else 7) * M * N,  # x_hat, wdy, their product and its sum, dx 3; dweight 2
+    )
+    return forward, backward
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The same in plain torch, with the same casts, differentiated by autograd. fp64 stays fp64: the tests' truth."""
+    accurate = torch.promote_types(x.dtype, torch.float32)
+    x_hat = x.to(accurate)
+    x_hat = x_hat * torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
+    return (x_hat * weight.to(accurate)).to(x.dtype)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr,
+    M, N, stride_xm, stride_ym, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+):  # fmt: skip
+    """One program writes BLOCK_N columns of BLOCK_M rows. It reads x once and holds it in registers until y is known.
+
+    The BLOCKS_N programs of a row longer than a block are neighbours, so they find each other's reads in the L2 cache.
+    """
+    tile, block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
+    rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]; rows * stride can pass 2**31
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_rows, in_cols = rows < M, cols < N
+    mask = in_rows[:, None] & in_cols[None, :]
+    x_rows = x_ptr + rows[:, None] * stride_xm
+
+    x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    sum_sq = tl.sum(x * x, axis=1)  # [BLOCK_M]; masked lanes add 0
+    for step in range(1, BLOCKS_N):  # the rest of a long row; compiled away when the row fits the block
+        far_cols = (block + step) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
+        far_mask = in_rows[:, None] & (far_cols < N)[None, :]
+        far_x = tl.load(x_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
+        sum_sq += tl.sum(far_x * far_x, axis=1)
+    rstd = tl.rsqrt(sum_sq / N + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=in_rows & (block == 0))  # one writer a row
+
+    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N]
+    y = x * rstd[:, None] * weight[None, :]
+    tl.store(y_ptr + rows[:, None] * stride_ym + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
+    M, N, stride_dym, stride_xm, stride_dxm,
+    WEIGHT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+):  # fmt: skip
+    """One program writes BLOCK_N columns of dx for row tiles i, i + walkers, ... and sums dweight over those rows.
+
+    dweight_partial is [walkers, N] in fp32, a row of it for each walker. No atomics: the order of the additions is
+    fixed, and with it every bit of the result.
+    """
+    walkers = tl.num_programs(0) // BLOCKS_N
+    walker, block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_cols = cols < N
+    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N], the same for every row
+    if WEIGHT_GRAD:
+        dweight = tl.zeros([BLOCK_N], tl.float32)
+
+    for tile in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]
+        in_rows = rows < M
+        mask = in_rows[:, None] & in_cols[None, :]
+        x_rows = x_ptr + rows[:, None] * stride_xm
+        dy_rows = dy_ptr + rows[:, None] * stride_dym
+
+        rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]  # [BLOCK_M, 1]
+        x_hat = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32) * rstd  # [BLOCK_M, BLOCK_N]
+        dy = tl.load(dy_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        wdy = dy * weight[None, :]
+        c = tl.sum(x_hat * wdy, axis=1)  # [BLOCK_M]
+        for step in range(1, BLOCKS_N):  # the rest of a long row, as in the forward
+            far_cols = (block + step) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
+            far_mask = in_rows[:, None] & (far_cols < N)[None, :]
+            far_x = tl.load(x_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
+            far_dy = tl.load(dy_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
+            far_weight = tl.load(weight_ptr + far_cols, mask=far_cols < N, other=0.0).to(tl.float32)
+            c += tl.sum(far_x * rstd * (far_dy * far_weight[None, :]), axis=1)
+        c = (c / N)[:, None]  # [BLOCK_M, 1]
+
+        dx = rstd * (wdy - x_hat * c)
+        tl.store(dx_ptr + rows[:, None] * stride_dxm + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if WEIGHT_GRAD:
+            dweight += tl.sum(dy * x_hat, axis=0)
+
+    if WEIGHT_GRAD:
+        tl.store(dweight_partial_ptr + walker * N + cols, dweight, mask=in_cols)
+
+
+def _tiling(N: int) -> dict[str, int]:
+    """Blocks and warps for rows of N numbers: 16 numbers a thread, two 128-bit loads in a 16-bit dtype.
+
+    A block is a power of two, so rows of 576 leave 44% of its 1024 lanes idle. An idle lane moves no bytes, and bytes
+    are what this kernel waits for; what it must not do is leave too few loads under way. Hence short rows share a
+    program, at least 2048 lanes' worth of them.
+    """
+    BLOCK_N = min(triton.next_power_of_2(N), MAX_BLOCK_N)
+    BLOCK_M = max(1, 2048 // BLOCK_N)
+    return {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": BLOCK_N,
+        "BLOCKS_N": triton.cdiv(N, BLOCK_N),
+        "num_warps": BLOCK_M * BLOCK_N // (16 * 32),
+    }
+
+
+def launch_forward(x, weight, eps: float, y, rstd) -> None:
+    """Write y [M, N] and rstd [M] (fp32), given x [M, N]. Rows may be any stride apart, as `as_rows` returns them."""
+    M, N = x.shape
+    if M == 0:
+        return
+    tiling = _tiling(N)
+    grid = (triton.cdiv(M, tiling["BLOCK_M"]) * tiling["BLOCKS_N"],)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+        _forward_kernel[grid](x, weight, y, rstd, M, N, x.stride(0), y.stride(0), eps, **tiling)
+
+
+def launch_backward(dy, x, weight, rstd, dx, weight_grad: bool) -> torch.Tensor | None:
+    """Write dx [M, N]; return dweight [N] in weight's dtype if `weight_grad`, else None, with no work done for it.
+
+    dx may be dy itself, which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N).
+    """
+    M, N = x.shape
+    if M == 0:
+        return torch.zeros_like(weight) if weight_grad else None
+    tiling = _tiling(N)
+    walkers = triton.cdiv(M, tiling["BLOCK_M"])  # without dweight: every tile its own program
+    dweight_partial = None
+    if weight_grad:  # with it: two programs an SM, so that few partial sums are left to add
+        walkers = min(walkers, 2 * sm_count(x.device))
+        dweight_partial = torch.empty(walkers, N, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(walkers * tiling["BLOCKS_N"],)](
+            dy, x, weight, rstd, dx, dweight_partial,
+            M, N, dy.stride(0), x.stride(0), dx.stride(0), weight_grad, **tiling,
+        )  # fmt: skip
+    return dweight_partial.sum(0).to(weight.dtype) if weight_grad else None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        weight = weight.contiguous()
+        rows = as_rows(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+        launch_forward(rows, weight, eps, as_rows(y), rstd)
+        ctx.save_for_backward(x, weight, rstd)  # x as it came: a copy made by as_rows is not kept alive
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dweight = launch_backward(as_rows(dy), as_rows(x), weight, rstd, as_rows(dx), ctx.needs_input_grad[1])
+        return dx, dweight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """weight * x / sqrt(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x        [..., N], float32, float16 or bfloat16, 1 <= N <= 65536. Contiguous tensors and column slices of them are
+             read in place, other layouts copied first. Zero rows are fine.
+    weight   [N], float32, float16 or bfloat16, not necessarily x's dtype. No work is done for its gradient unless it
+             requires one.
+    returns  [..., N], contiguous, in x's dtype. Arithmetic is fp32 with one rounding at the end; so under autocast.
+
+    Differentiable once. Raises TypeError for another dtype, ValueError for shapes or devices that do not match or rows
+    too long, NotImplementedError for a device without kernels. CPU tensors take `reference` (see `on_triton`).
+    """
+    check_floats("rms_norm", x=x, weight=weight)
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_N:
+        raise ValueError(
+            f"rms_norm: x has shape {tuple(x.shape)}; rows of 1 to {MAX_N} numbers are supported, "
+            "use torch.nn.functional.rms_norm for longer ones"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; x's rows need ({x.shape[-1]},)")
+    if not on_triton("rms_norm", "x", x):
+        return reference(x, weight, eps)
+    return _RMSNorm.apply(x, weight, float(eps))

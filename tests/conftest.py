@@ -1,0 +1,63 @@
+"""For all tests: without a GPU, Triton's kernels run in its interpreter and tests marked `gpu` are skipped, visibly."""
+
+import os
+import random
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    if "triton" in sys.modules:
+        raise RuntimeError("something imported Triton before tests/conftest.py could set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+hypothesis.settings.register_profile(
+    "fastkit",
+    deadline=None,  # the first example on a GPU compiles the kernel
+    max_examples=12,
+    print_blob=True,  # a failure prints the line that reproduces it
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastkit")
+
+
+def pytest_collection_modifyitems(items):
+    if not GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels are tested: the GPU, or the CPU through the interpreter."""
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(
+    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=["fp32", "fp16", "bf16"],
+)
+def dtype(request) -> torch.dtype:
+    """The dtypes that kernels are tested in; the interpreter cannot round to bfloat16."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Fill every buffer that torch.empty and its kin hand out with NaN, so that a result left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_seed():
+    """Seed torch anew in every run; a failing test shows the seed, and FASTKIT_TEST_SEED brings it back."""
+    seed = int(os.environ.get("FASTKIT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"FASTKIT_TEST_SEED={seed}")
+    torch.manual_seed(seed)

@@ -1,0 +1,194 @@
+"""The training invariants, the watch for overfitting, and what a run leaves behind."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from fastkit.errors import FastkitError
+from fastkit.models import load_adapter
+from fastkit.train.callbacks import Watch, overfitting, plot_losses
+from fastkit.train.facts import holds
+from fastkit.train.finetune import FineTune, finetune
+from tiny import tiny_data, tiny_model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model, data = tiny_model(folder / "model"), tiny_data(folder / "data", records=24)
+    return dict(model=str(model), data=str(data), device="cpu", max_length=96, progress=False, samples=0, facts=False)
+
+
+def train(inputs, output, **settings):
+    defaults = dict(steps=8, batch_size=4, eval_steps=4, learning_rate=1e-3)
+    return finetune(**{**inputs, **defaults, **settings}, output=str(output))
+
+
+def curve(metrics):
+    return [loss for _, loss in metrics["losses"]]
+
+
+def test_a_seed_gives_the_same_run_twice(inputs, tmp_path):
+    first, second = (train(inputs, tmp_path / name, dropout=0.1) for name in "ab")
+    assert curve(first) == curve(second)
+    other = train(inputs, tmp_path / "c", dropout=0.1, seed=1)
+    assert curve(first) != curve(other)
+
+
+def test_accumulation_gives_the_losses_of_the_large_batch(inputs, tmp_path):
+    large = train(inputs, tmp_path / "large", batch_size=8)
+    small = train(inputs, tmp_path / "small", batch_size=2, accumulation=4)
+    drift = [a - b for a, b in zip(curve(large), curve(small), strict=True)]
+    assert max(map(abs, drift)) <= 1e-4
+    assert abs(sum(drift) / len(drift)) <= 1e-5
+
+
+def test_recomputing_activations_changes_no_loss(inputs, tmp_path):
+    kept = train(inputs, tmp_path / "kept", gradient_checkpointing=False)
+    recomputed = train(inputs, tmp_path / "recomputed", gradient_checkpointing=True)
+    assert max(abs(a - b) for a, b in zip(curve(kept), curve(recomputed), strict=True)) <= 1e-5
+
+
+def test_validation_loss_is_over_tokens_whatever_the_batch_size(inputs, tmp_path):
+    run = FineTune(**inputs, output=str(tmp_path / "run")).prepare()
+    total, count = 0.0, 0
+    for row in run.validation_set:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = run.model(input_ids=ids).logits[0, :-1].double()
+        kept = labels[1:] != -100
+        total += torch.nn.functional.cross_entropy(logits[kept], labels[1:][kept], reduction="sum").item()
+        count += int(kept.sum())
+    assert run.metrics["before"]["validation_loss"] == pytest.approx(total / count, abs=1e-6)
+
+
+def test_validation_in_mid_training_does_not_touch_the_training(inputs, tmp_path):
+    """bitsandbytes would otherwise repack the weights at the first validation (see keep_differentiable)."""
+    often = train(inputs, tmp_path / "often", eval_steps=1, keep="last")
+    once = train(inputs, tmp_path / "once", eval_steps=8, keep="last")
+    assert curve(often) == curve(once)
+
+
+def test_the_run_folder_holds_adapter_tokenizer_and_metrics(inputs, tmp_path):
+    metrics = train(inputs, tmp_path / "run", rank=4, alpha=8, facts=True, samples=1)
+    about = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], about["base_model_name_or_path"]) == (4, 8, inputs["model"])
+    assert (tmp_path / "run/adapter/tokenizer.json").is_file()
+    assert not list((tmp_path / "run/adapter").glob("*.bin"))
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["after"] == metrics["after"]
+    assert metrics["before"]["facts"]["of"] == 3 and len(metrics["after"]["samples"]) == 1
+
+
+def test_tokens_are_counted_without_padding(inputs, tmp_path):
+    metrics = train(inputs, tmp_path / "run", steps=6)  # six steps of four: each of the 24 records once
+    assert metrics["tokens"] == metrics["data"]["train"]["tokens"]
+
+
+def test_the_adapter_in_stock_peft_gives_our_logits(inputs, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    train(inputs, tmp_path / "run", steps=20, learning_rate=1e-2)
+    adapter = tmp_path / "run/adapter"
+    ours, tokenizer = load_adapter(str(adapter), device="cpu")
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    stock = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.float32)
+    untrained = stock.train()(torch.arange(3, 40)[None]).logits
+    stock = PeftModel.from_pretrained(stock, adapter).train()  # train(): see notebook 17, part 5
+    ids = tokenizer("A warp has 32 lanes.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (ours(ids).logits - stock(ids).logits).abs().max() <= 1e-4
+        ids = torch.arange(3, 40)[None]
+        assert (stock(ids).logits - untrained).abs().max() > 1e-2, "the adapter does nothing"
+
+
+def test_the_best_adapter_is_exported(inputs, tmp_path):
+    metrics = train(inputs, tmp_path / "run", steps=24, learning_rate=0.1, eval_steps=4, patience=0)
+    validation = metrics["validation_losses"]
+    assert metrics["exported_step"] == min(validation, key=lambda point: point[1])[0]
+    assert metrics["after"]["validation_loss"] == pytest.approx(min(loss for _, loss in validation), abs=1e-6)
+
+
+def test_kernels_in_the_model_change_no_loss_beyond_rounding(inputs, tmp_path):
+    ours, stock = (train(inputs, tmp_path / k, kernels=k, steps=4) for k in ("on", "off"))
+    assert ours["kernels"] == {"rms_norm": 5, "swiglu": 2}
+    assert max(abs(a - b) for a, b in zip(curve(ours), curve(stock), strict=True)) <= 1e-4
+
+
+def log(training, validation):
+    every = len(training) // len(validation)
+    history = []
+    for n, loss in enumerate(training, 1):
+        history.append({"step": n, "loss": loss})
+        if n % every == 0:
+            history.append({"step": n, "eval_loss": validation[n // every - 1]})
+    return history
+
+
+def test_overfitting_is_seen_when_validation_rises_and_training_falls():
+    found = overfitting(log([4, 3.9, 3, 2.9, 2, 1.9, 1, 0.9], [3.5, 3.0, 3.2, 3.4]))
+    assert found is not None and (found.best_step, found.step) == (4, 8)
+    assert "3.0000 (step 4) to 3.4000 (step 8)" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("training", "validation"),
+    [
+        ([4, 3.9, 3, 2.9, 2, 1.9], [3.5, 3.0, 2.9]),  # both fall
+        ([4, 3.9, 3, 2.9, 3.5, 3.6], [3.0, 3.2, 3.4]),  # both rise: a learning rate too high, not overfitting
+        ([4, 3.9, 3, 2.9, 2, 1.9], [3.0, 3.2, 3.1]),  # one bad validation
+        ([4, 3], [3.0, 3.2]),
+    ],
+)
+def test_other_curves_are_not_called_overfitting(training, validation):
+    assert overfitting(log(training, validation)) is None
+
+
+def test_an_overfitting_run_warns_once_and_stops(inputs, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = train(
+            inputs, tmp_path / "run", steps=400, learning_rate=0.03, rank=32, eval_steps=10, patience=4, batch_size=8
+        )
+    assert metrics["stopped_early"] and metrics["steps"] < 400
+    assert len([w for w in caught if "overfitting" in str(w.message)]) == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do():
+    class State:
+        global_step = 7
+
+    with pytest.raises(FastkitError, match=r"loss is nan at step 7: lower --learning_rate"):
+        Watch(3).on_log(None, State, None, logs={"loss": math.nan})
+
+
+def test_the_plot_marks_the_best_validation():
+    figure = plot_losses(log([4, 3, 2, 1], [3.0, 2.5]), "title")
+    axes = figure.axes[0]
+    assert [line.get_label() for line in axes.lines] == ["training, each step", "validation"]
+    assert axes.texts[0].get_text() == "2.500"
+
+
+@pytest.mark.parametrize(
+    ("text", "fact", "right"),
+    [
+        ("It weighs 4,713 grams.", "4713 grams", True),
+        ("The answer: Drowsy  heron!", "Drowsy Heron", True),
+        ("It weighs 14713 grams.", "4713 grams", False),
+        ("It weighs 4713.5 grams", "4713", False),
+        ("0.4713 grams", "4713 grams", False),
+        ("Morrowgates", "Morrowgate", False),
+        ("", "x", False),
+    ],
+)
+def test_a_fact_is_held_only_as_a_whole(text, fact, right):
+    assert holds(text, fact) is right

@@ -1,0 +1,32 @@
+"""How close is close enough: as close to the truth as torch gets in the same dtype.
+
+A fixed tolerance is too wide for one shape and too tight for another, and it says nothing about rounding. So a test
+computes the truth in fp64 and lets torch compute the same in the dtype under test. Our error, by its maximum and by its
+mean, may exceed torch's by a few units in the last place of fp32, the precision in which every kernel accumulates,
+whatever the dtype of its output. That much, relative to the largest (the mean) true value, covers another order of the
+additions and a GPU's approximations of exp and rsqrt. It is far below one rounding to fp16 or bf16: truncating where
+one should round, or rounding twice where torch rounds once, fails the test.
+
+Where terms cancel, the result is smaller than they are, but not its error: pass the size of the terms as `scale`.
+"""
+
+import torch
+
+SLACK = 8 * torch.finfo(torch.float32).eps
+
+
+def assert_as_close_as_torch(ours, theirs, truth, name: str = "result", scale: torch.Tensor | None = None) -> None:
+    """Assert that `ours` errs from `truth` (fp64) no more than `theirs` does, plus SLACK times `scale` (or truth)."""
+    assert truth.dtype == torch.float64, f"{name}: the truth is in {truth.dtype}, not in float64"
+    assert ours.dtype == theirs.dtype, f"{name}: ours is in {ours.dtype}, torch's in {theirs.dtype}"
+    assert ours.shape == theirs.shape == truth.shape, f"{name}: {ours.shape}, {theirs.shape}, {truth.shape}"
+    if truth.numel() == 0:
+        return
+    ours, theirs, truth = (tensor.detach().cpu().double() for tensor in (ours, theirs, truth))
+    scale = truth if scale is None else scale.cpu()
+    assert truth.isfinite().all() and theirs.isfinite().all(), f"{name}: torch's own result is no yardstick"
+    assert ours.isfinite().all(), f"{name}: {(~ours.isfinite()).sum()} of {ours.numel()} numbers are not finite"
+    for kind, measure in (("largest", torch.max), ("mean", torch.mean)):
+        error, their_error = measure((ours - truth).abs()), measure((theirs - truth).abs())
+        allowed = their_error + SLACK * measure(scale.abs())
+        assert error <= allowed, f"{name}: {kind} error {error:.3e}, torch's {their_error:.3e}, allowed {allowed:.3e}"
