@@ -1,5 +1,5 @@
 # make demo   fine-tune a real model on this machine, through notebook 17; leaves runs/demo/
-# make test   every test and every notebook
+# make test   every test and every notebook: `make code` is pytest with papermill, `make notebooks` is nbval
 # make lab    JupyterLab on the course
 # Each makes its own virtual environment in .venv first. PYTHON=... names another interpreter, VENV=... another folder.
 
@@ -28,7 +28,9 @@ code: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 notebooks: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
+	rm -rf build/notebooks
+	$(BIN)/python tests/prepare_notebooks.py build/notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax -p no:cacheprovider build/notebooks
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -4,6 +4,9 @@ import os
 import random
 import sys
 
+# A worker a core: more threads than that only wait for one another. Also for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

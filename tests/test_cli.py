@@ -1,4 +1,4 @@
-"""The command line, and every bad input: one line that names the value and the remedy, exit code 2, nothing overwritten."""
+"""The command line, and every bad input: one line with the value and the remedy, exit code 2, nothing overwritten."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from tiny import tiny_data, tiny_model
 
 from fastkit.cli import main
 from fastkit.errors import FastkitError
 from fastkit.train import run_folder
-from tiny import tiny_data, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,8 @@ class TestOutput:
         model, data = inputs
         script = f"""mount -t tmpfs -o size=2m tmpfs {disk} || exit 77
             {sys.executable} -m fastkit finetune --model {model} --data {data} --output {disk}/run --steps 8 \
-                --eval-steps 1 --save-total-limit 100 --max-length 96 --device cpu --no_progress --no_facts --samples 0 \
+                --eval-steps 1 --save-total-limit 100 --max-length 96 --device cpu --no_progress --no_facts \
+                --samples 0 \
                 --rank 16 --optimizer adamw
             code=$?; ls -a {disk}/run; exit $code"""
         done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
@@ -186,10 +187,10 @@ class TestOutput:
     def test_a_full_disk_keeps_the_last_good_checkpoint(self, tmp_path):
         (tmp_path / "checkpoint-4").mkdir()
         target = tmp_path / "checkpoint-8"
-        with pytest.raises(FastkitError, match=r"disk is full .* last good checkpoint is .*checkpoint-4.*--resume"):
-            with run_folder.staged(target) as staging:
-                (staging / "half").write_text("half")
-                raise OSError(28, "No space left on device")
+        message = r"disk is full .* last good checkpoint is .*checkpoint-4.*--resume"
+        with pytest.raises(FastkitError, match=message), run_folder.staged(target) as staging:
+            (staging / "half").write_text("half")
+            raise OSError(28, "No space left on device")
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
 
     def test_what_stood_there_stays_until_the_new_is_whole(self, tmp_path):

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import tiny_data, tiny_model
 
 from fastkit.train.run_folder import last_checkpoint
-from tiny import tiny_data, tiny_model
 
 pytestmark = pytest.mark.slow
 STEPS = 12

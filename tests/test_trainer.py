@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
+from tiny import tiny_data, tiny_model
 
 from fastkit.errors import FastkitError
 from fastkit.models import load_adapter
 from fastkit.train.callbacks import Watch, overfitting, plot_losses
 from fastkit.train.facts import holds
 from fastkit.train.finetune import FineTune, finetune
-from tiny import tiny_data, tiny_model
 
 
 @pytest.fixture(scope="module")

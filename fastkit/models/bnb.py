@@ -3,10 +3,12 @@
 Import it from here (`from fastkit.models.bnb import bnb`) before peft or transformers pull it in.
 """
 
+import functools
 import logging
 import sys
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 
@@ -48,6 +50,38 @@ def keep_differentiable(model):
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextmanager
+def dense_on_cpu(model):
+    """Within, every `Linear4bit` on the CPU multiplies by a dense copy of its weight, dequantized once at the start.
+
+    For generation: a new token costs little more than reading each weight, and dequantizing them all for each token
+    takes most of its time. The values, and so the answers, are the same. Does nothing where the copies would take
+    more than half of the free memory.
+    """
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.weight.device.type == "cpu"]
+    itemsize = max((m.weight.quant_state.dtype.itemsize for m in layers), default=0)
+    need = sum(m.in_features * m.out_features for m in layers) * itemsize
+    if need > psutil.virtual_memory().available / 2:
+        layers = []
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(_dense_forward, layer, _dequantized(layer))
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _dequantized(layer) -> torch.Tensor:
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def _dense_forward(layer, weight, x):
+    dtype = layer.compute_dtype or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
 
 def nf4_config(compute_dtype: torch.dtype):

@@ -4,6 +4,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastkit.errors import FastkitError
+from fastkit.models.bnb import dense_on_cpu
 
 # For models without a chat template. Rendered, then tokenized with the tokenizer's own special tokens (its BOS).
 PLAIN_TEMPLATE = (
@@ -49,7 +50,7 @@ def answer(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = []
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        with dense_on_cpu(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(texts), batch_size):
                 batch = tokenizer(

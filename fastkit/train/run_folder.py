@@ -52,6 +52,15 @@ def claim(config: FinetuneConfig) -> Path:
     return folder
 
 
+def fresh(output: str | Path) -> str:
+    """`output`, or the first of `output-2`, `output-3`... that does not exist: for a notebook that is run again."""
+    path, n = Path(output), 1
+    while path.exists():
+        n += 1
+        path = Path(f"{output}-{n}")
+    return str(path)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; a `checkpoint-N` folder exists only once it is whole."""
     found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]

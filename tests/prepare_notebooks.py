@@ -1,0 +1,35 @@
+"""Copies the notebooks with small parameters put in, to be run by nbval or papermill: prepare_notebooks.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from tiny import tiny_data
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def small_parameters(notebook: Path, folder: Path) -> dict:
+    """Parameters that make `notebook` short; empty for one without a `parameters` cell."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
+        return {}
+    data = tiny_data(folder / "data")
+    return {"data": str(data), "steps": 4, "max_length": 96, "output": str(folder / f"run-{notebook.stem}")}
+
+
+def prepare(folder: Path) -> list[Path]:
+    """Write the copies to `folder`, outputs kept for nbval to compare with."""
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True)
+    copies = []
+    for notebook in NOTEBOOKS:
+        copies.append(folder / notebook.name)
+        parameters = small_parameters(notebook, folder)
+        papermill.execute_notebook(notebook, copies[-1], parameters, prepare_only=True, progress_bar=False)
+    return copies
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))

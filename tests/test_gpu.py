@@ -1,0 +1,65 @@
+"""The fine-tune on a GPU: dtypes, kernels in the model, paged optimizers, resume, out of memory."""
+
+import pytest
+import torch
+from tiny import tiny_data, tiny_model
+
+from fastkit.errors import FastkitError
+from fastkit.train.finetune import FineTune, finetune
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model, data = tiny_model(folder / "model"), tiny_data(folder / "data", records=24)
+    return dict(
+        model=str(model), data=str(data), max_length=96, progress=False, steps=8, eval_steps=4, learning_rate=1e-3
+    )
+
+
+def curve(metrics):
+    return [loss for _, loss in metrics["losses"]]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_each_dtype_learns_like_fp32_on_the_cpu(inputs, tmp_path, dtype):
+    truth = finetune(**inputs, device="cpu", kernels="off", output=str(tmp_path / "cpu"))
+    ours = finetune(**inputs, device="cuda", dtype=dtype, output=str(tmp_path / "gpu"))
+    assert ours["kernels"] == {"rms_norm": 5, "swiglu": 2}
+    tolerance = {"bf16": 3e-2, "fp16": 1e-2, "fp32": 1e-4}[dtype]  # of losses near 5.7
+    assert max(abs(a - b) for a, b in zip(curve(truth), curve(ours), strict=True)) <= tolerance
+    assert ours["after"]["validation_loss"] < ours["before"]["validation_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"])
+def test_a_resumed_run_has_the_losses_of_the_whole_one(inputs, tmp_path, optimizer):
+    whole = finetune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "whole"))
+    stopped = FineTune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "run")).prepare()
+
+    class Stop(type(stopped.trainer.callback_handler.callbacks[0])):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    stopped.trainer.add_callback(Stop())
+    stopped.train()
+    resumed = finetune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "run"), resume=True)
+    assert resumed["resumed_from"] == "checkpoint-4"
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(resumed), strict=True)) <= 1e-4
+
+
+def test_out_of_memory_says_what_to_do(inputs, tmp_path):
+    run = FineTune(**inputs, output=str(tmp_path / "run"), samples=0, facts=False).prepare()
+    torch.cuda.empty_cache()
+    reserved, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(reserved / total)
+    try:
+        taken = []
+        with pytest.raises(torch.cuda.OutOfMemoryError):  # what is cached goes first
+            while True:
+                taken.append(torch.empty(2**16, dtype=torch.uint8, device="cuda"))
+        with pytest.raises(FastkitError, match=r"out of GPU memory at batch_size 4, .*--gradient_checkpointing true"):
+            run.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
