@@ -117,7 +117,7 @@ def _bitsandbytes() -> dict:
 
 
 def _numpy() -> dict | None:
-    if not has_triton():
+    if not has_triton() or torch.cuda.is_available():  # the interpreter is for machines without a GPU
         return None
     import numpy
     import triton

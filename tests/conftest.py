@@ -64,3 +64,20 @@ def fresh_seed():
     seed = int(os.environ.get("FASTKIT_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"FASTKIT_TEST_SEED={seed}")
     torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny model's folder for each architecture."""
+    from tiny import ARCHITECTURES, tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+    return {arch: tiny_model(root / arch, arch) for arch in ARCHITECTURES}
+
+
+@pytest.fixture
+def llama(folders):
+    """(model, tokenizer), quantized."""
+    from fastkit.models import load
+
+    return load(str(folders["llama"]), device="cpu")

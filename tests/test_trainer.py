@@ -101,7 +101,9 @@ def test_the_adapter_in_stock_peft_gives_our_logits(inputs, tmp_path):
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    stock = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=four_bit, dtype=torch.float32, device_map={"": "cpu"}
+    )
     untrained = stock.train()(torch.arange(3, 40)[None]).logits
     stock = PeftModel.from_pretrained(stock, adapter).train()  # train(): see notebook 17, part 5
     ids = tokenizer("A warp has 32 lanes.", return_tensors="pt").input_ids
