@@ -121,7 +121,8 @@ class FineTune:
             "losses": training,
             "validation_losses": validation,
         }
-        self.metrics["after"] = self.evaluate()
+        known = dict(validation).get(self.metrics["exported_step"])  # of the very weights that are exported
+        self.metrics["after"] = self.evaluate(known)
         return self.metrics
 
     def save(self) -> Path:
@@ -133,12 +134,13 @@ class FineTune:
         run_folder.write_json(self.folder / "metrics.json", self.metrics)
         return target
 
-    def evaluate(self) -> dict:
-        """Validation loss, the score on the questions that carry a fact, and the answers to the sample questions."""
+    def evaluate(self, validation_loss: float | None = None) -> dict:
+        """Validation loss (computed unless it is known), the score on the questions that carry a fact, and the answers to the sample questions."""
         with self._out_of_memory():
-            # Trainer.evaluate would log a step-0 validation into the run's curve
-            loop = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), "evaluation")
-            result = {"validation_loss": loop.metrics["eval_loss"]}
+            if validation_loss is None:  # not Trainer.evaluate: it would log a point into the run's curve
+                loop = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), "evaluation")
+                validation_loss = loop.metrics["eval_loss"]
+            result = {"validation_loss": validation_loss}
             if self.asked:
                 result["facts"] = facts.score(self.model, self.tokenizer, self.asked)
             if self.samples:
