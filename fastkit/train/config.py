@@ -34,7 +34,9 @@ class FinetuneConfig:
     warmup: float = _flag(0.05, "part of the steps in which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay of the adapters")
     max_grad_norm: float = _flag(1.0, "clip the gradient's norm to this")
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = _flag("adamw8bit", "from bitsandbytes")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = _flag(
+        "adamw8bit", "AdamW, in fp32 by torch, else by bitsandbytes"
+    )
     epochs: float = _flag(1.0, "passes over the training data, when steps is not given")
     steps: int = _flag(-1, "optimizer steps; overrides epochs when above 0")
     batch_size: int = _flag(4, "sequences a forward pass")

@@ -14,7 +14,7 @@ from fastkit.models.chat import answer
 from fastkit.models.load import resolve_device, resolve_dtype
 from fastkit.train import data, facts, run_folder
 from fastkit.train import trainer as trainer_
-from fastkit.train.callbacks import curves
+from fastkit.train.callbacks import Bar, LivePlot, curves, in_notebook
 from fastkit.train.config import FinetuneConfig
 
 
@@ -103,6 +103,9 @@ class FineTune:
         self.trainer.tokens_seen.zero_()
         timer = StepTimer()
         self.trainer.add_callback(timer)
+        if self.config.progress:
+            before = self.metrics["before"]["validation_loss"]
+            self.trainer.add_callback(LivePlot(before) if in_notebook() else Bar())
         start = time.perf_counter()
         with self._out_of_memory():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -135,7 +138,7 @@ class FineTune:
         return target
 
     def evaluate(self, validation_loss: float | None = None) -> dict:
-        """Validation loss (computed unless it is known), the score on the questions that carry a fact, and the answers to the sample questions."""
+        """Validation loss (computed unless it is known), known facts, and the answers to the sample questions."""
         with self._out_of_memory():
             if validation_loss is None:  # not Trainer.evaluate: it would log a point into the run's curve
                 loop = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), "evaluation")

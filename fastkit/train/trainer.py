@@ -1,4 +1,4 @@
-"""transformers' Trainer with three things changed: atomic checkpoints, a loss weighted by tokens, a count of tokens."""
+"""transformers' Trainer with a few things changed: atomic checkpoints, a loss over tokens, batches of like length."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from fastkit.train.callbacks import Bar, LivePlot, Watch, in_notebook
+from fastkit.train.callbacks import Watch
 from fastkit.train.config import FinetuneConfig
+from fastkit.train.order import LengthGrouped
 from fastkit.train.run_folder import staged
 
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",
     "adamw8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw8bit": "paged_adamw_8bit",
@@ -24,6 +25,7 @@ class QLoRATrainer(Trainer):
 
     * A checkpoint is written to a staging folder and takes its name in one rename, so a `checkpoint-N` is whole.
     * Validation loss is the mean over target tokens, not over batches: it does not depend on the batch size.
+    * A batch holds records of like length (see `LengthGrouped`).
     * `tokens_seen` counts the tokens of the sequences (padding left out) that went through forward and backward.
     """
 
@@ -63,6 +65,10 @@ class QLoRATrainer(Trainer):
             num_samples=self.num_examples(dataloader),
         )
 
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.data_seed)
+
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
@@ -85,6 +91,11 @@ class QLoRATrainer(Trainer):
                 path.rename(staging / path.name)
             written.rmdir()
         rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+
+
+def by_length(dataset):
+    """`dataset` in the order of its records' lengths."""
+    return dataset.select(sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__))
 
 
 def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype) -> QLoRATrainer:
@@ -136,12 +147,10 @@ def build(config: FinetuneConfig, model, train, validation, collator, dtype: tor
         model=model,
         args=args,
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=by_length(validation),  # less padding; their order changes no loss
         data_collator=collator,
         callbacks=[Watch(config.patience)],
     )
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
-    if config.progress:
-        trainer.add_callback(LivePlot() if in_notebook() else Bar())
     return trainer

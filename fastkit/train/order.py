@@ -1,0 +1,39 @@
+"""The order in which records are trained: random, but with records of like length in one batch."""
+
+import random
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+POOL = 16  # batches that are sorted together: enough to leave little padding, few enough to stay random
+
+
+class LengthGrouped(Sampler[int]):
+    """Indices of records, shuffled, then sorted by length within pools of `POOL` batches, whose order is shuffled.
+
+    A batch is as wide as its longest record, and what is not token is padding: of the packaged instruction set's
+    batches of 4, 34% in random order and 4% so. The order is a function of seed and epoch alone, so that a resumed run
+    sees the same one; `set_epoch` is called by the Trainer.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = random.Random(f"{self.seed} {self.epoch}").shuffle
+        order = list(range(len(self.lengths)))
+        shuffle(order)
+        batches = []
+        for start in range(0, len(order), POOL * self.batch_size):
+            pool = sorted(order[start : start + POOL * self.batch_size], key=self.lengths.__getitem__)
+            batches += [pool[n : n + self.batch_size] for n in range(0, len(pool), self.batch_size)]
+        short = [batch for batch in batches if len(batch) < self.batch_size]  # stays last, so that no batch is cut
+        batches = [batch for batch in batches if len(batch) == self.batch_size]
+        shuffle(batches)
+        yield from (index for batch in batches + short for index in batch)
