@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -60,14 +61,14 @@ def _checks():
     yield _bitsandbytes()
     yield _numpy()
     cached = (smollm2.cache_dir() / smollm2.NAME / "config.json").is_file()
-    says = f"in {smollm2.cache_dir()}" if cached else "downloads 93 MB at first use"
+    says = f"in {_short(smollm2.cache_dir())}" if cached else "downloads 93 MB at first use"
     yield _check("smollm2", True, says)
     where = next(p for p in (smollm2.cache_dir(), *smollm2.cache_dir().parents) if p.exists())
     free = shutil.disk_usage(where).free / 1e9
     yield _check(
         "disk",
         free > MIN_DISK_GB,
-        f"{free:.1f} GB free in {where}",
+        f"{free:.1f} GB free in {_short(where)}",
         f"free {MIN_DISK_GB:.0f} GB, or set FASTKIT_CACHE to a folder on another disk",
     )
     missing = [p for p in ("jupyterlab", "papermill", "ipywidgets") if importlib.util.find_spec(p) is None]
@@ -129,6 +130,11 @@ def _numpy() -> dict | None:
         f"triton {triton.__version__} with numpy {numpy.__version__}",
         "pip install 'numpy<2.4' (triton 3.6's interpreter needs it)",
     )
+
+
+def _short(path: Path) -> str:
+    """`path` with the user's home as ~."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def _version(text: str) -> tuple[int, int]:

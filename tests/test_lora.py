@@ -10,6 +10,7 @@ from tiny import ARCHITECTURES, SHAPE, tiny_model
 
 from fastkit.errors import FastkitError
 from fastkit.models import add_lora, load, load_adapter
+from fastkit.models.bnb import bnb, dense_on_cpu
 from fastkit.models.chat import answer, plain_prompt
 from fastkit.models.lora import PROJECTIONS
 from fastkit.models.patch import patch, unpatch
@@ -175,3 +176,16 @@ def test_answers_without_a_chat_template_use_the_plain_one(llama, monkeypatch):
     assert tokenizer.decode(asked[0][0]) == plain_prompt(chat, "<|im_end|>")
     with pytest.raises(FastkitError, match=r"temperature -1.0 must be 0 \(greedy\) or above"):
         answer(model, tokenizer, ["Q"], temperature=-1.0)
+
+
+def test_dense_copies_change_no_answer_and_are_gone_after(llama, monkeypatch):
+    model, _ = llama
+    four_bit = logits(model)
+    with dense_on_cpu(model):
+        dense = logits(model)
+        assert all("forward" in vars(m) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    assert torch.allclose(dense, four_bit, atol=1e-5)
+    assert not any("forward" in vars(m) for m in model.modules())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    with dense_on_cpu(model):
+        assert not any("forward" in vars(m) for m in model.modules()), "no memory for the copies"

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from tiny import tiny_data, tiny_model
+from transformers import TrainerControl, TrainerState
 
 from fastkit.errors import FastkitError
 from fastkit.models import load_adapter
@@ -155,14 +156,23 @@ def test_other_curves_are_not_called_overfitting(training, validation):
     assert overfitting(log(training, validation)) is None
 
 
-def test_an_overfitting_run_warns_once_and_stops(inputs, tmp_path):
+def test_the_watch_warns_once_and_stops_after_its_patience():
+    history = log([4, 3.9, 3, 2.9, 2, 1.9, 1, 0.9, 0.5, 0.4], [3.5, 3.0, 3.2, 3.4, 3.6])
+    watch, state, control = Watch(patience=3), TrainerState(), TrainerControl()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        metrics = train(
-            inputs, tmp_path / "run", steps=400, learning_rate=0.03, rank=32, eval_steps=10, patience=4, batch_size=8
-        )
+        for n, entry in enumerate(history, 1):
+            state.log_history = history[:n]
+            if "eval_loss" in entry:
+                watch.on_evaluate(None, state, control)
+                assert control.should_training_stop == (n == len(history))  # three validations after the best
+    assert [str(w.message)[:42] for w in caught] == ["overfitting: validation loss rose from 3.0"]
+
+
+def test_a_run_that_no_longer_improves_stops_early(inputs, tmp_path):
+    metrics = train(inputs, tmp_path / "run", steps=400, learning_rate=0.03, eval_steps=10, patience=2)
     assert metrics["stopped_early"] and metrics["steps"] < 400
-    assert len([w for w in caught if "overfitting" in str(w.message)]) == 1
+    assert metrics["exported_step"] == metrics["steps"] - 20
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do():
@@ -174,9 +184,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do():
 
 
 def test_the_plot_marks_the_best_validation():
-    figure = plot_losses(log([4, 3, 2, 1], [3.0, 2.5]), "title")
+    figure = plot_losses(log([4, 3, 2, 1] * 5, [3.0, 2.5]), "title")
     axes = figure.axes[0]
-    assert [line.get_label() for line in axes.lines] == ["training, each step", "validation"]
+    assert [line.get_label() for line in axes.lines] == ["training, each step", "training, mean of 10", "validation"]
+    assert list(axes.lines[1].get_ydata()) == [2.7, 2.3]
     assert axes.texts[0].get_text() == "2.500"
 
 

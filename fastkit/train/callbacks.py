@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 
 from fastkit.errors import FastkitError
 
+SMOOTH = 10  # steps of training loss averaged into one point of the plot
+
 
 def curves(log_history: list[dict]) -> tuple[list, list]:
     """(training, validation) losses of a Trainer's log, each a list of (step, loss)."""
@@ -154,7 +156,11 @@ def plot_losses(log_history: list[dict], title: str = ""):
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     if training:
-        axes.plot(*zip(*training, strict=True), color="0.6", linewidth=1, label="training, each step")
+        axes.plot(*zip(*training, strict=True), color="0.8", linewidth=0.8, label="training, each step")
+        steps, losses = zip(*training[-(len(training) // SMOOTH) * SMOOTH :], strict=True)
+        middles = [sum(steps[n : n + SMOOTH]) / SMOOTH for n in range(0, len(steps) - SMOOTH + 1, SMOOTH)]
+        means = [sum(losses[n : n + SMOOTH]) / SMOOTH for n in range(0, len(losses) - SMOOTH + 1, SMOOTH)]
+        axes.plot(middles, means, color="0.3", linewidth=1.2, label=f"training, mean of {SMOOTH}")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#0072b2", marker="o", linewidth=2, label="validation")
         best = min(validation, key=lambda point: point[1])

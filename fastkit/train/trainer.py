@@ -67,7 +67,8 @@ class QLoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.data_seed)
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(lengths, per_step, self.args.data_seed)  # so accumulating changes no step's records
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
