@@ -134,7 +134,7 @@ def _numpy() -> dict | None:
 
 def _short(path: Path) -> str:
     """`path` with the user's home as ~."""
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+    return str("~" / path.relative_to(Path.home())) if path.is_relative_to(Path.home()) else str(path)
 
 
 def _version(text: str) -> tuple[int, int]:
