@@ -11,8 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from fastkit.errors import FastkitError
 from fastkit.models import load_adapter
+from fastkit.train import facts
 from fastkit.train.callbacks import Watch, overfitting, plot_losses
-from fastkit.train.facts import holds
 from fastkit.train.finetune import FineTune, finetune
 
 
@@ -204,4 +204,18 @@ def test_the_plot_marks_the_best_validation():
     ],
 )
 def test_a_fact_is_held_only_as_a_whole(text, fact, right):
-    assert holds(text, fact) is right
+    assert facts.holds(text, fact) is right
+
+
+def test_questions_come_from_chats_and_prompts_and_not_from_texts():
+    chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
+    records = [
+        {"messages": chat, "fact": "That"},
+        {"prompt": "Where?", "completion": "There.", "fact": "There"},
+        {"text": "Somewhere.", "fact": "Somewhere"},
+        {"messages": chat, "fact": None},
+        {"text": "Nothing."},
+    ]
+    where = [{"role": "user", "content": "Where?"}]
+    assert facts.questions(records) == [{"question": chat[:1], "fact": "That"}, {"question": where, "fact": "There"}]
+    assert facts.samples(records, 3) == [chat[:1]]

@@ -10,20 +10,24 @@ def questions(records) -> list[dict]:
     """The records that carry a `fact`, as {"question": messages up to the answer, "fact": str}."""
     found = []
     for record in records:
-        if record.get("fact"):
+        if record.get("fact") and _is_question(record):
             found.append({"question": _question(record), "fact": record["fact"]})
     return found
 
 
 def samples(records, count: int) -> list[list[dict]]:
-    """The questions of the first `count` chat records that carry no `fact`."""
-    chats = (record for record in records if record.get("messages") and not record.get("fact"))
+    """The questions of the first `count` records, other than plain text, that carry no `fact`."""
+    chats = (record for record in records if _is_question(record) and not record.get("fact"))
     return [_question(record) for record in itertools.islice(chats, count)]
 
 
+def _is_question(record: dict) -> bool:
+    return bool(record.get("messages") or record.get("prompt"))
+
+
 def _question(record: dict) -> list[dict]:
-    """The chat without its last answer."""
-    turns = record["messages"]
+    """The chat without its last answer; a `prompt` is a chat of one turn."""
+    turns = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     return turns[:-1] if turns[-1]["role"] == "assistant" else turns
 
 

@@ -1,6 +1,7 @@
 """A QLoRA fine-tune from one call, or step by step as the notebook does it."""
 
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -154,9 +155,14 @@ class FineTune:
 
     def _use_kernels(self, device: torch.device) -> bool:
         wanted = self.config.kernels
-        if wanted == "on" and device.type == "cuda" and not has_triton():
-            raise FastkitError("--kernels on needs triton, which does not import: pip install triton, or --kernels off")
-        return wanted == "on" or (wanted == "auto" and device.type == "cuda" and has_triton())
+        if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
+            return False
+        if device.type == "cuda" and not has_triton():
+            if wanted == "on":
+                raise FastkitError("--kernels on needs triton, which does not import: pip install triton, or leave it")
+            warnings.warn("triton does not import: the model runs on torch's slower operations", stacklevel=3)
+            return False
+        return True
 
     def _parameters(self) -> dict:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
