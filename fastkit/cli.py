@@ -6,11 +6,10 @@ A flag of a command is a field of its dataclass and so an argument in Python. Ba
 import argparse
 import os
 import sys
-import warnings
 from dataclasses import dataclass, field
 
 from fastkit import __version__
-from fastkit.errors import FastkitError
+from fastkit.errors import FastkitError, show_plain_warnings
 
 USAGE = """\
 usage: fastkit COMMAND [flags]      (fastkit COMMAND --help lists the flags)
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"fastkit: no command {argv[0]!r}: use {', '.join(commands)}", file=sys.stderr)
         return 2
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without our source line
+    show_plain_warnings()
     try:
         return commands[argv[0]](argv[1:])
     except FastkitError as error:

@@ -1,4 +1,6 @@
-"""The one error type that fastkit raises for what a user can mend."""
+"""How fastkit speaks of what went wrong: its one error type for what a user can mend, and its warnings."""
+
+import warnings
 
 
 class FastkitError(Exception):
@@ -6,3 +8,8 @@ class FastkitError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def show_plain_warnings() -> None:
+    """Show warnings in this process without the source line that raised them: for the command line and notebooks."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

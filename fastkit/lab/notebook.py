@@ -4,9 +4,8 @@ import inspect
 import os
 import sys
 import textwrap
-import warnings
 
-from fastkit.errors import FastkitError
+from fastkit.errors import FastkitError, show_plain_warnings
 
 
 def start(interpret: bool = True) -> str:
@@ -18,7 +17,7 @@ def start(interpret: bool = True) -> str:
     Without a GPU, `interpret` makes the Triton kernels run in Triton's interpreter, at sizes to learn on. That is
     decided when Triton is first imported, so a notebook whose kernel did so already must be restarted.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    show_plain_warnings()
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")  # read when those packages are imported
     import torch

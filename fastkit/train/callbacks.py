@@ -157,9 +157,9 @@ def plot_losses(log_history: list[dict], title: str = ""):
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), color="0.8", linewidth=0.8, label="training, each step")
-        steps, losses = zip(*training[-(len(training) // SMOOTH) * SMOOTH :], strict=True)
-        middles = [sum(steps[n : n + SMOOTH]) / SMOOTH for n in range(0, len(steps) - SMOOTH + 1, SMOOTH)]
-        means = [sum(losses[n : n + SMOOTH]) / SMOOTH for n in range(0, len(losses) - SMOOTH + 1, SMOOTH)]
+        windows = [training[n : n + SMOOTH] for n in range(len(training) % SMOOTH, len(training), SMOOTH)]
+        middles = [sum(step for step, _ in window) / SMOOTH for window in windows]
+        means = [sum(loss for _, loss in window) / SMOOTH for window in windows]
         axes.plot(middles, means, color="0.3", linewidth=1.2, label=f"training, mean of {SMOOTH}")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#0072b2", marker="o", linewidth=2, label="validation")

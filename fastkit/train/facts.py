@@ -8,11 +8,7 @@ from fastkit.models.chat import answer
 
 def questions(records) -> list[dict]:
     """The records that carry a `fact`, as {"question": messages up to the answer, "fact": str}."""
-    found = []
-    for record in records:
-        if record.get("fact") and _is_question(record):
-            found.append({"question": _question(record), "fact": record["fact"]})
-    return found
+    return [{"question": _question(r), "fact": r["fact"]} for r in records if r.get("fact") and _is_question(r)]
 
 
 def samples(records, count: int) -> list[list[dict]]:

@@ -59,8 +59,8 @@ class FineTune:
         base, self.tokenizer = load(
             config.model,
             random_weights=config.random_weights,
-            device=str(device),
-            dtype={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype],
+            device=config.device,
+            dtype=config.dtype,
             seed=config.seed,
         )
         context = getattr(base.config, "max_position_embeddings", None)

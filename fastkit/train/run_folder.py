@@ -98,14 +98,12 @@ def staged(target: Path):
 
 def write_json(path: Path, value) -> None:
     """Write `value` to `path` in one rename."""
+    staging = path.with_name(f"{STAGING}{path.name}")  # of a fixed name: what a kill leaves is written over
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=STAGING, suffix=".json", delete=False) as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        staging.write_text(json.dumps(value, indent=1) + "\n")
+        staging.replace(path)
     except OSError as error:
-        Path(file.name).unlink(missing_ok=True) if "file" in locals() else None
+        staging.unlink(missing_ok=True)
         raise save_error(error, path) from error
 
 

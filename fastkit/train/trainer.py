@@ -66,7 +66,7 @@ class QLoRATrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return LengthGrouped(lengths, per_step, self.args.data_seed)  # so accumulating changes no step's records
 
@@ -96,7 +96,11 @@ class QLoRATrainer(Trainer):
 
 def by_length(dataset):
     """`dataset` in the order of its records' lengths."""
-    return dataset.select(sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__))
+    return dataset.select(sorted(range(len(dataset)), key=_lengths(dataset).__getitem__))
+
+
+def _lengths(dataset) -> list[int]:
+    return [len(ids) for ids in dataset["input_ids"]]
 
 
 def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype) -> QLoRATrainer:
