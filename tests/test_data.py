@@ -7,6 +7,7 @@ import pytest
 import torch
 from chats import CHATML, byte_tokenizer, chat, chatml_tokenizer, run, said
 from datasets import Dataset
+from tiny import ARCHITECTURES
 
 from fastkit.train import data
 from fastkit.train.data import Collator, describe, tokenize_records
@@ -134,11 +135,14 @@ def test_collator_pads_right_and_masks_by_length():
         "input_ids": [[5, 6, eos, eos, eos], [7, eos, 8, eos, 9]],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         "labels": [[-100, 6, eos, -100, -100], [7, 7, 7, 7, 7]],
+        "logits_to_keep": [0, 1, 2, 3],
+        "shift_labels": [[6, eos, -100, -100], [7, 7, 7, 7]],
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
     for multiple, width in ((1, 5), (4, 8), (5, 5), (8, 8)):
         padded = Collator(eos, pad_to_multiple_of=multiple)(rows)
-        assert all(value.shape == (2, width) for value in padded.values())
+        assert all(padded[key].shape == (2, width) for key in ("input_ids", "attention_mask", "labels"))
+        assert padded["logits_to_keep"].tolist() == [0, 1, 2, 3]
         assert padded["attention_mask"].sum(1).tolist() == [3, 5]
         assert (padded["labels"][:, 5:] == -100).all()
 
@@ -150,6 +154,24 @@ def test_collator_takes_a_tokenized_dataset():
     assert batch["input_ids"].shape[1] % 8 == 0
     assert (batch["labels"] != -100).sum() == describe(tokens)["target_tokens"]
     assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in tokens]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_loss_of_the_columns_with_targets_is_the_whole_loss(folders, arch):
+    from fastkit.models import load
+
+    model, _ = load(str(folders[arch]), device="cpu")
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length, prompt in ((23, 9), (17, 11), (20, 16)):
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    batch = Collator(0)(rows)
+    assert batch["logits_to_keep"].tolist() == list(range(8, 22))
+    whole = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    few, all_ = model(**batch), model(**whole)
+    assert few.logits.shape[1] == 14
+    torch.testing.assert_close(few.loss, all_.loss, rtol=1e-6, atol=0)
 
 
 def test_collator_errors():
