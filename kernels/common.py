@@ -91,7 +91,14 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-@functools.cache
+SMS_WITHOUT_GPU = 4  # for the interpreter: enough to exercise several programs
+
+
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`. The interpreter, which has none, gets 4, to exercise several programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors of `device`; SMS_WITHOUT_GPU if it is no GPU."""
+    return _sm_count(device) if device.type == "cuda" else SMS_WITHOUT_GPU
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

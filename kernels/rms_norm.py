@@ -29,6 +29,9 @@ product with weight: we can differ from them in the last bit, and have the small
 dweight has weight's.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -192,6 +195,19 @@ def launch_backward(dy, x, weight, rstd, dx, weight_grad: bool) -> torch.Tensor 
             M, N, dy.stride(0), x.stride(0), dx.stride(0), weight_grad, **tiling,
         )  # fmt: skip
     return dweight_partial.sum(0).to(weight.dtype) if weight_grad else None
+
+
+def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
+    M, found = 8192, {}  # 4 sequences of 2,048 tokens
+    for N in (4096, 5120):  # Mistral-7B and Llama-2-7B; Llama-2-13B, whose rows take the longest block
+        dy, x, y = (torch.empty(M, N, dtype=dtype, device="meta") for _ in range(3))
+        weight, rstd = torch.empty(N, dtype=dtype, device="meta"), torch.empty(M, device="meta")
+        backward = functools.partial(launch_backward, dy, x, weight, rstd, y)
+        found[f"forward {M}x{N}"] = functools.partial(launch_forward, x, weight, 1e-6, y, rstd)
+        found[f"backward {M}x{N}"] = functools.partial(backward, weight_grad=False)
+        found[f"backward with dweight {M}x{N}"] = functools.partial(backward, weight_grad=True)
+    return found
 
 
 class _RMSNorm(torch.autograd.Function):

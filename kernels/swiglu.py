@@ -20,6 +20,9 @@ Hugging Face's MLP rounds twice, silu(gate) and then its product with up: we can
 have the smaller error bound. y, dgate and dup have the dtype of gate and up.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -129,6 +132,16 @@ def launch_backward(dy, gate, up, dgate, dup) -> None:
             dy, gate, up, dgate, dup,
             N, dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), **tiling,
         )  # fmt: skip
+
+
+def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
+    M, N = 8192, 14336  # Mistral-7B, 4 sequences of 2,048 tokens
+    dy, gate, up, dgate, dup = _rows(*(torch.empty(M, N, dtype=dtype, device="meta") for _ in range(5)))
+    return {
+        f"forward {M}x{N}": functools.partial(launch_forward, gate, up, dy),
+        f"backward {M}x{N}": functools.partial(launch_backward, dy, gate, up, dgate, dup),
+    }
 
 
 class _SwiGLU(torch.autograd.Function):
