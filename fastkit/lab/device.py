@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastkit.lab.occupancy import LIMITS
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -18,15 +20,20 @@ def lane() -> str:
 
 
 def card(device: torch.device | str | None = None) -> dict:
-    """Name, architecture, SMs and memory of a GPU (the first one, or `device`), or the CPU's name, cores and memory."""
+    """A GPU's name, architecture, SMs, memory, L2 cache and the shared memory that a block may take; or the CPU's name,
+    cores and memory. Of the first GPU, or of `device`.
+    """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        arch = architecture(properties)
         return {
             "name": properties.name,
-            "arch": f"sm_{properties.major}{properties.minor}",
+            "arch": arch,
             "sms": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20 or None,
+            "shared_kib": LIMITS[arch].shared_kib if arch in LIMITS else None,
         }
     return {
         "name": _cpu_name(),
@@ -34,6 +41,12 @@ def card(device: torch.device | str | None = None) -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _host_memory_gib(),
     }
+
+
+def architecture(properties) -> str:
+    """The architecture in torch's device properties as Triton names it: "sm_89", "gfx942"."""
+    amd = getattr(properties, "gcnArchName", "")
+    return amd.partition(":")[0] if amd.startswith("gfx") else f"sm_{properties.major}{properties.minor}"
 
 
 def versions() -> dict[str, str]:

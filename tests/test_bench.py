@@ -1,0 +1,127 @@
+"""`fastkit bench`: what it refuses, what it leaves out, its table; on a GPU a real run that is recorded."""
+
+import re
+
+import pytest
+import torch
+
+from fastkit.cli import main
+from fastkit.kernels.common import Cost
+from fastkit.lab import bench_cases
+from fastkit.lab.bench import _is_right, table
+from fastkit.lab.bench_cases import CASES, Case
+from fastkit.lab.results import load
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu(capsys):
+    assert main(["bench", "rms_norm", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "need a GPU; recorded ones are in data/results: " in captured.err
+    assert "kernels_rms_norm_swiglu" in captured.err and captured.err.count("\n") == 1
+
+
+def test_unknown_names_and_flags(capsys):
+    assert main(["bench", "softmux"]) == 2
+    assert f"no benchmark 'softmux': there are {', '.join(CASES)}" in capsys.readouterr().err
+    for argv in (["bench", "--speed"], ["bench", "--record", "x", "copy"]):
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        assert left.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert f"fastkit bench [{' '.join(CASES)}]" in capsys.readouterr().out
+
+
+def case(**other):
+    expected = torch.arange(6.0)
+    found = dict(op="f", size="6", dtype=torch.float32, cost=Cost(1, 1), contenders={}, expected=(expected,))
+    return Case(**found | other)
+
+
+def refuse():
+    raise NotImplementedError("needs sm_90 and this is sm_80")
+
+
+@pytest.mark.parametrize(
+    ("run", "note"),
+    [
+        (lambda: torch.arange(6.0), None),
+        (lambda: (torch.arange(6.0) * 1.00001,), None),
+        (lambda: torch.arange(6.0) * 1.01, r"f 6: it is WRONG by up to 0\.05, allowed is 0\.0005: not timed"),
+        (lambda: torch.arange(6.0).log(), "it is WRONG by up to inf"),
+        (lambda: torch.arange(6.0).where(torch.arange(6) < 5, torch.nan), "it is WRONG by up to nan"),
+        (refuse, "f 6: it is left out: needs sm_90 and this is sm_80"),
+    ],
+)
+def test_only_right_results_are_timed(run, note):
+    notes = []
+    assert _is_right("it", run, case(), "f 6", notes) == (note is None)
+    assert len(notes) == (note is not None)
+    if note:
+        assert re.search(note, notes[0])
+
+
+def test_an_output_left_unwritten_is_wrong():
+    output = torch.arange(6.0)  # right, but by another contender
+    notes = []
+    assert not _is_right("it", lambda: output, case(output=output), "f 6", notes) and "WRONG" in notes[0]
+
+
+def test_the_table():
+    row = dict(op="copy", size="64", dtype="float32", floor_ms=0.5, predicted_ms=0.5, limit="memory", unit="GB/s")
+    times = dict(median_ms=0.625, p20_ms=0.6, p80_ms=0.7, noise_ms=0.01, runs=9, launch_us=4.0, times_fastest=1.0)
+    fast = row | times | dict(who="fastkit", verdict="fastest", rate=2400.0, of_floor=0.8)
+    other = fast | dict(op="transpose", limit="launch")
+    lines = table([fast, fast | dict(who="torch"), other]).splitlines()
+    assert [line for line in lines if "floor 0.5" in line] == [
+        "copy 64 float32: floor 0.5000 ms, by memory",
+        "transpose 64 float32: floor 0.5000 ms, by launch",
+    ]
+    assert lines[2].split() == ["fastkit", "0.6250", "0.6000", "0.7000", "0.0100", "2,400", "GB/s", "80%", "fastest"]
+
+
+def test_peers_that_are_not_here_are_said_to_be(monkeypatch):
+    monkeypatch.setitem(bench_cases._PEERS, "swiglu", [("Someone", "a_package_that_is_not_there", None)])
+    assert bench_cases._peers("swiglu") == ({}, {"Someone": "not installed"})
+    monkeypatch.setitem(bench_cases._PEERS, "swiglu", [("Re", "re", lambda: re.no_such_function)])
+    found, absent = bench_cases._peers("swiglu")
+    assert not found and absent["Re"].startswith("does not import: AttributeError: ")
+
+
+def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
+    """The cases of the benchmark, built small and on this machine; torch.compile is left to the GPU."""
+    small = dict(ROWS=6, HIDDEN=24, INTERMEDIATE=40, COPY_N=2**10, TRANSPOSE_N=(24, 33), SOFTMAX_MN=((5, 40), (3, 130)))
+    for name, value in small.items():
+        monkeypatch.setattr(bench_cases, name, value)
+    monkeypatch.setattr(bench_cases, "MATMUL_N", 64)
+    monkeypatch.setattr(bench_cases, "DEVICE", device)
+    monkeypatch.setattr(bench_cases, "rows", lambda: 6)
+    monkeypatch.setattr(bench_cases, "half", lambda: torch.float16)  # the interpreter cannot round to bfloat16
+    monkeypatch.setattr(bench_cases, "_compiled", lambda function: function)
+    ours = set()
+    for make in CASES.values():
+        for found in make():
+            notes = []
+            assert found.contenders and not found.absent.keys() & found.contenders.keys()
+            for who, run in found.contenders.items():
+                assert _is_right(who, run, found, f"{found.op} {found.size}", notes), notes
+                ours.add((found.op, who))
+    assert ("swiglu backward", "fastkit") in ours and ("matmul", "grouped") in ours and ("softmax", "online") in ours
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_recorded_run(monkeypatch, tmp_path, capsys):
+    from fastkit.lab import bench
+
+    record = bench.record
+    monkeypatch.setattr(bench, "record", lambda *arguments: record(*arguments, folder=tmp_path))
+    assert main(["bench", "copy", "swiglu", "--record", "trial"]) == 0
+    out = capsys.readouterr().out
+    assert "of floor" in out and "fastest" in out and "recorded in " in out
+    result = load(tmp_path / "trial.json")
+    rows = {(row["op"], row["who"]): row for row in result["rows"]}
+    assert ("copy", "vectorised") in rows and ("swiglu backward", "torch.compile") in rows
+    for row in rows.values():
+        assert row["limit"] == "memory" and row["of_floor"] > 0 and row["runs"] >= 6
