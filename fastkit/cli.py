@@ -1,4 +1,4 @@
-"""The command line: `fastkit finetune`, `fastkit generate`, `fastkit doctor`.
+"""The command line: `fastkit finetune`, `generate`, `doctor`, `bench`, `compile`, `prove`.
 
 A flag of a command is a field of its dataclass and so an argument in Python. Bad input prints one line and exits 2.
 """
@@ -17,6 +17,9 @@ usage: fastkit COMMAND [flags]      (fastkit COMMAND --help lists the flags)
   finetune   fine-tune a model with QLoRA: smollm2 on the packaged data, or yours
   generate   ask a model, with or without an adapter
   doctor     this machine's card, versions and lane; what is missing, and the command that mends it
+  bench      time our kernels beside torch's and others' on this machine's GPU: fastkit bench rms_norm softmax
+  compile    compile our kernels for GPUs that need not be here, and say which fit: fastkit compile --arch sm_75 sm_89
+  prove      count what our kernels do to memory, with Nsight Compute, beside what the tracer predicts
 """
 
 
@@ -42,10 +45,41 @@ class DoctorConfig:
     json: bool = field(default=False, metadata={"help": "print the report as JSON"})
 
 
+@dataclass
+class BenchConfig:
+    """Settings of `fastkit bench`; the benchmarks' names come before them, none for all."""
+
+    record: str | None = field(default=None, metadata={"help": "write the rows to data/results under this name"})
+    json: bool = field(default=False, metadata={"help": "print rows and notes as JSON"})
+
+
+@dataclass
+class CompileConfig:
+    """Settings of `fastkit compile`; the kernel files' names come before them, none for all."""
+
+    arch: list[str] = field(default_factory=list, metadata={"help": "architectures such as sm_89; none for all"})
+    json: bool = field(default=False, metadata={"help": "print the rows as JSON"})
+
+
+@dataclass
+class ProveConfig:
+    """Settings of `fastkit prove`."""
+
+    record: str | None = field(default=None, metadata={"help": "write the rows to data/results under this name"})
+    json: bool = field(default=False, metadata={"help": "print the rows as JSON"})
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"finetune": _finetune, "generate": _generate, "doctor": _doctor}
+    commands = {
+        "finetune": _finetune,
+        "generate": _generate,
+        "doctor": _doctor,
+        "bench": _bench,
+        "compile": _compile,
+        "prove": _prove,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -62,16 +96,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastkit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastkit: interrupted; checkpoints are kept, go on with --resume", file=sys.stderr)
+        kept = "; checkpoints are kept, go on with --resume" if argv[0] == "finetune" else ""
+        print(f"fastkit: interrupted{kept}", file=sys.stderr)
         return 130
 
 
-def _parse(config_class, command: str, argv: list[str]):
+def _parse(config_class, command: str, argv: list[str], usage: str | None = None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        config_class, prog=f"fastkit {command}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        config_class, prog=f"fastkit {command}", usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     config, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
@@ -137,6 +172,37 @@ def _doctor(argv: list[str]) -> int:
     found = report()
     show(found, as_json=config.json)
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from fastkit.lab.bench import run
+    from fastkit.lab.bench_cases import CASES
+
+    names, flags = _names_first(argv)
+    config = _parse(BenchConfig, "bench", flags, f"fastkit bench [{' '.join(CASES)}] [--record NAME] [--json]")
+    return run(names, record_as=config.record, as_json=config.json)
+
+
+def _compile(argv: list[str]) -> int:
+    from fastkit.lab.portability import kernel_files, run
+
+    names, flags = _names_first(argv)
+    usage = f"fastkit compile [{' '.join(kernel_files())}] [--arch ARCH ...] [--json]"
+    config = _parse(CompileConfig, "compile", flags, usage)
+    return run(names, config.arch, as_json=config.json)
+
+
+def _prove(argv: list[str]) -> int:
+    config = _parse(ProveConfig, "prove", argv)
+    from fastkit.lab.proof import run
+
+    return run(record_as=config.record, as_json=config.json)
+
+
+def _names_first(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(names, flags) of a command whose names come before its flags."""
+    flags = next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return argv[:flags], argv[flags:]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_for import compile_for
+from compiled import compile_all, faults
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
@@ -284,34 +284,36 @@ def test_cost():
     assert trained.bytes_moved - backward.bytes_moved == 1024 * 2 and trained.flops > backward.flops > forward.flops
 
 
-LAUNCH = """
-import torch
-from fastkit.kernels import rms_norm
-x, weight = torch.empty({M}, {N}, dtype=torch.{dtype}), torch.empty({N}, dtype=torch.{dtype})
-rstd = torch.empty({M})
-rms_norm.launch_forward(x, weight, 1e-6, torch.empty_like(x), rstd)
-rms_norm.launch_backward(x, x, weight, rstd, torch.empty_like(x), weight_grad=False)
-rms_norm.launch_backward(x, x, weight, rstd, torch.empty_like(x), weight_grad=True)
-"""
+def launches(M, N, dtype):
+    """The forward, and the backward without and with dweight."""
+    x, weight, rstd = torch.empty(M, N, dtype=dtype), torch.empty(N, dtype=dtype), torch.empty(M)
+    module.launch_forward(x, weight, EPS, torch.empty_like(x), rstd)
+    module.launch_backward(x, x, weight, rstd, torch.empty_like(x), weight_grad=False)
+    module.launch_backward(x, x, weight, rstd, torch.empty_like(x), weight_grad=True)
 
 
-def test_compiled_code():
-    """Nothing spilled, shared memory to spare and 128-bit loads, at the hidden sizes of real models."""
-    fp16 = {f"[64, {N}] fp16": LAUNCH.format(M=64, N=N, dtype="float16") for N in (576, 4096, 8192)}
-    launches = dict.fromkeys(("sm_75", "sm_80", "sm_89", "gfx942"), fp16)
-    launches["sm_90"] = fp16 | {
-        "long rows": LAUNCH.format(M=64, N=module.MAX_N, dtype="float16"),
-        "fp32": LAUNCH.format(M=64, N=4096, dtype="float32"),
-        "bf16": LAUNCH.format(M=64, N=4096, dtype="bfloat16"),
-        "one number": LAUNCH.format(M=1, N=1, dtype="bfloat16"),  # Triton makes constants of arguments that are 1
-    }
-    reports = compile_for(launches)
-    assert len(reports) == 3 * (3 * 4 + 7) and not any(report.error for report in reports)
-    # the one narrow load is rstd's; a gfx942 wave has 64 lanes, too many to give each 128 bits of a weight of 576
-    allowed = {"gfx942": 2}
-    reports = [report for report in reports if report.launch != "one number"]
-    problems = [problem for report in reports for problem in report.problems(allowed.get(report.target, 1))]
-    assert not problems, "\n".join(problems)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "gfx942"])
+@pytest.mark.parametrize("N", [576, 4096, 8192])
+def test_compiled_code(N, arch):
+    """Nothing spilled, shared memory to spare and 128-bit accesses, at the hidden sizes of real models."""
+    made = compile_all(lambda: launches(64, N, torch.float16), arch)
+    assert len(made) == 3
+    # the one narrow access is rstd's; a gfx942 wave has 64 lanes, too many to give each 128 bits of a weight of 576
+    narrow = 2 if arch == "gfx942" else 1
+    assert not [fault for compiled in made for fault in faults(compiled, narrow)]
+
+
+@pytest.mark.parametrize(
+    ("N", "dtype"), [(module.MAX_N, torch.float16), (4096, torch.float32), (4096, torch.bfloat16)], ids=str
+)
+def test_compiled_code_of_long_rows_and_other_dtypes(N, dtype):
+    made = compile_all(lambda: launches(64, N, dtype), "sm_90")
+    assert not [fault for compiled in made for fault in faults(compiled, narrow=1)]
+
+
+def test_one_number_compiles():
+    """Triton makes constants of arguments that are 1."""
+    assert len(compile_all(lambda: launches(1, 1, torch.bfloat16), "sm_90")) == 3
 
 
 # What all kernels share, in kernels/common.py

@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_for import compile_for
+from compiled import compile_all, faults
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import swiglu as module
+from fastkit.lab.portability import misfit
 from fastkit.ops import swiglu
 
 pytestmark = [
@@ -246,31 +247,37 @@ def test_cost():
     assert backward.flops > forward.flops > 0
 
 
-LAUNCH = """
-import torch
-from fastkit.kernels import swiglu
-gate, up = torch.empty({M}, 2 * {N}, dtype=torch.{dtype}).chunk(2, -1)
-y, dgate, dup = (torch.empty({M}, {N}, dtype=torch.{dtype}) for _ in range(3))
-swiglu.launch_forward(*swiglu._rows(gate, up, y))
-swiglu.launch_backward(*swiglu._rows(y, gate, up, dgate, dup))
-swiglu.launch_forward(*swiglu._rows(dgate, dup, y))
-swiglu.launch_backward(*swiglu._rows(y, dgate, dup, dgate, dup))
-"""
+def launches(M, N, dtype):
+    """Forward and backward of the halves of a stacked tensor, then of flat tensors."""
+    gate, up = torch.empty(M, 2 * N, dtype=dtype).chunk(2, -1)
+    y, dgate, dup = (torch.empty(M, N, dtype=dtype) for _ in range(3))
+    module.launch_forward(*module._rows(gate, up, y))
+    module.launch_backward(*module._rows(y, gate, up, dgate, dup))
+    module.launch_forward(*module._rows(dgate, dup, y))
+    module.launch_backward(*module._rows(y, dgate, dup, dgate, dup))
 
 
-def test_compiled_code():
-    """Nothing spilled, no shared memory and 128-bit loads only, for halves of a stacked tensor and for flat ones."""
-    fp16 = {"fp16": LAUNCH.format(M=64, N=14336, dtype="float16")}
-    launches = dict.fromkeys(("sm_75", "sm_80", "sm_89", "gfx942"), fp16)
-    launches["sm_90"] = fp16 | {
-        "fp32": LAUNCH.format(M=64, N=14336, dtype="float32"),
-        "bf16": LAUNCH.format(M=64, N=14336, dtype="bfloat16"),
-        "one number": LAUNCH.format(M=1, N=1, dtype="bfloat16"),  # Triton makes constants of arguments that are 1
-    }
-    reports = compile_for(launches)
-    assert len(reports) == 4 * (4 + 4) and not any(report.error for report in reports)
-    assert not any(report.shared_bytes for report in reports)
-    # gfx942: 1024 numbers of 16 bits are 64 bits for each of the 256 lanes of four waves
-    reports = [report for report in reports if report.launch != "one number" and report.target != "gfx942"]
-    problems = [problem for report in reports for problem in report.problems(narrow_loads=0)]
-    assert not problems, "\n".join(problems)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(arch, torch.float16) for arch in ("sm_75", "sm_80", "sm_89", "sm_90", "gfx942")]
+    + [("sm_90", torch.float32), ("sm_90", torch.bfloat16)],
+    ids=str,
+)
+def test_compiled_code(arch, dtype):
+    """Nothing spilled, no shared memory and 128-bit accesses only."""
+    made = compile_all(lambda: launches(64, 14336, dtype), arch)
+    assert len(made) == 4 and not any(compiled.shared_bytes for compiled in made)
+    if arch == "gfx942":  # 1024 numbers of 16 bits are 64 bits for each of the 256 lanes of four waves
+        assert not any(misfit(compiled) or compiled.spilled_bytes for compiled in made)
+    else:
+        assert not [fault for compiled in made for fault in faults(compiled)]
+
+
+def test_one_number_compiles():
+    """Triton makes constants of arguments that are 1."""
+    assert len(compile_all(lambda: launches(1, 1, torch.bfloat16), "sm_90")) == 4
+
+
+def test_narrow_accesses_are_seen():
+    made = compile_all(lambda: launches(64, 999, torch.float16), "sm_90")
+    assert all(any("narrower than 128 bits" in fault for fault in faults(compiled)) for compiled in made[:2])
