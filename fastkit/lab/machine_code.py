@@ -69,7 +69,7 @@ def ptx_instructions(ptx: str) -> tuple[Counter, list[Instruction]]:
 
 
 class _Places:
-    """Follows PTX's `.loc` lines: an instruction's place is that of the last one, and of the calls it was inlined in."""
+    """Follows PTX's `.loc` lines: an instruction's place is that of the last one, with its calls."""
 
     def __init__(self, files: dict[str, str]):
         self.files = files

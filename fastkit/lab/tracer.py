@@ -23,7 +23,7 @@ from fastkit.lab.compiling import Compiled, compile_elsewhere
 from fastkit.lab.gluon_interpreter import Uninterpretable
 from fastkit.lab.interpreting import Found, Plan
 from fastkit.lab.launches import Launch, Parcel, catch, launch, modified
-from fastkit.lab.layouts import SECTOR
+from fastkit.lab.layouts import SECTOR, LinearLayout
 from fastkit.lab.occupancy import occupancy
 from fastkit.lab.worker import INTERPRETER
 
@@ -42,6 +42,7 @@ class Access:
     bits            of an element
     shape           of the tile
     layout          how the tile is spread over lanes, as Triton prints it
+    spread          the same as a linear layout, whatever its kind; None where no lane moves it (TMA)
     instruction     "ld.global", "cp.async", "TMA load", "st.global", "TMA store"; "" if the compiler left it out
     vector_bits     bits that one lane moves with one instruction
     requests        instructions of a warp that had an active lane (none for TMA: its engine asks, no lane does)
@@ -72,6 +73,7 @@ class Access:
     tile: np.ndarray | None = None
     walk: tuple[tuple[tuple[int, int, int], int], ...] = ()
     unknown: str = ""
+    spread: LinearLayout | None = None
 
     @property
     def sectors_per_request(self) -> float | None:
@@ -308,6 +310,7 @@ def _access(parcel, plan: Plan, how, found: Found | None, scale, owners) -> Acce
         name,
         bits,
         site.masked,
+        spread=plan.layout,
         **known,
     )
 

@@ -1,0 +1,60 @@
+"""Labels beside points, moved until none covers another, a point or a line."""
+
+import numpy as np
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from fastkit.lab.plots.paper import GREY
+
+GAP = 8.0  # points from a point to its label
+RINGS = 14  # distances tried
+POINT = 5.0  # radius of a marker, points
+
+
+def place(figure, axes, labels: list[tuple[str, float, float]]) -> None:
+    """Write each (text, x, y) beside its point: near it where there is room, else farther, with a thin line to it.
+
+    The axes' limits must be set. Points further up are served first.
+    """
+    figure.draw_without_rendering()  # the layout decides where points are
+    renderer = figure.canvas.get_renderer()
+    points = renderer.points_to_pixels(1.0)
+    frame = axes.get_window_extent(renderer)
+    marks = [Bbox.from_bounds(x - POINT * points, y - POINT * points, 2 * POINT * points, 2 * POINT * points)
+             for x, y in axes.transData.transform([(x, y) for _, x, y in labels] or np.empty((0, 2)))]  # fmt: skip
+    taken = [*marks, *(text.get_window_extent(renderer).padded(points) for text in axes.texts)]
+    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines if len(line.get_xdata()) > 1]
+    for text, x, y in sorted(labels, key=lambda label: -label[2]):
+        note = axes.annotate(
+            text, (x, y), (GAP, 0), textcoords="offset points", fontsize=9, ha="left", va="center", gid="label",
+            bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85),
+            arrowprops=dict(arrowstyle="-", color=GREY, linewidth=0.7, shrinkA=0, shrinkB=3),
+        )  # fmt: skip
+        best = None
+        for dx, dy in _offsets():
+            note.set_position((dx, dy))
+            note.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
+            note.update_positions(renderer)
+            extent = Text.get_window_extent(note, renderer).padded(points)
+            inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1
+            overlaps = sum(extent.overlaps(other) for other in taken)
+            crossed = sum(path.intersects_bbox(extent, filled=False) for path in lines)
+            score = (not inside) * 8 + overlaps * 4 + crossed
+            if best is None or score < best[0]:
+                best = score, dx, dy, extent
+            if score == 0:
+                break
+        _, dx, dy, extent = best
+        note.set_position((dx, dy))
+        note.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
+        if np.hypot(dx, dy) <= 2 * GAP:
+            note.arrow_patch.set_visible(False)
+        taken.append(extent)
+
+
+def _offsets():
+    """Places around a point in points, near ones first, to the right before the left."""
+    for ring in range(1, RINGS + 1):
+        out = GAP + 12.0 * (ring - 1)
+        for dx, dy in ((1, 0), (1, -1), (1, 1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)):
+            yield dx * (GAP if abs(dy) and ring > 1 else out), dy * out
