@@ -253,6 +253,24 @@ def test_addresses_that_hang_on_data():
     check(gather, by_hand(gather, lambda i: 4 * int(index[i]), lambda i: True, (512,), 4))
 
 
+@triton.jit
+def by_rows(x_ptr, label_ptr, y_ptr, N):
+    row = tl.program_id(0)
+    label = tl.load(label_ptr + row)
+    if label >= 0:
+        tl.store(y_ptr + row, tl.load(x_ptr + row * N + label))
+
+
+def test_single_numbers():
+    labels = torch.tensor([3, -1, 0, 7, 31, 2])
+    found = trace(by_rows, (6,), (torch.zeros(6, 32), labels, torch.zeros(6), 32), arch="sm_80", num_warps=4)
+    label, x = (next(a for a in found.of("load") if a.argument == name) for name in ("label_ptr", "x_ptr"))
+    (store,) = found.of("store")
+    assert (label.requests, label.sectors) == (24, 24)  # each of 4 warps asks for it
+    assert (x.requests, x.sectors) == (20, 20) and x.shape == ()
+    assert (store.requests, store.sectors, store.bytes_asked) == (5, 5, 20)  # one lane stores
+
+
 def test_big_grids_are_sampled_and_say_so():
     n = 2**24
     x, y = torch.empty(n, device="meta"), torch.empty(n, device="meta")

@@ -74,7 +74,8 @@ def sites(ttgir: str, target) -> tuple[list[GlobalSite], list[SharedSite]]:
         path.write_text(ttgir)
         module = ir.parse_mlir_module(str(path), context)
     module.context = context
-    reader = _Reader(gluon_ir.GluonOpBuilder(context), _places_of_stores(ttgir))
+    warps = int(re.search(r'"ttg\.num-warps" = (\d+)', ttgir)[1])
+    reader = _Reader(gluon_ir.GluonOpBuilder(context), _places_of_stores(ttgir), warps)
     operations = []
     module.walk(operations.append)
     for operation in operations:
@@ -83,8 +84,9 @@ def sites(ttgir: str, target) -> tuple[list[GlobalSite], list[SharedSite]]:
 
 
 class _Reader:
-    def __init__(self, builder, places):
+    def __init__(self, builder, places, warps):
         self.builder = builder
+        self.warps = warps
         self.places = {name: iter(of) for name, of in places.items()}
         self.global_sites, self.shared_sites = [], []
 
@@ -113,7 +115,9 @@ class _Reader:
             shape, bits, _ = max(tiles, key=lambda tile: np.prod(tile[0]))
             return GlobalSite(kind, name, self.place, shape, bits, None, "none: the copy engine moves the tile", False)
         if "tensor<" not in types[0] and "tensor<" not in types[1 % len(types)]:  # one address
-            return GlobalSite(kind, name, self.place, (), _bits(types[0]), _scalar_layout(), "one element", masked)
+            return GlobalSite(
+                kind, name, self.place, (), _bits(types[0]), _every_lane(self.warps), "one element", masked
+            )
         tensor = operands[0] if "tensor<" in types[0] else operands[1]
         shape, bits = _tensor(str(tensor.get_type()))
         layout, text = self.register_layout(tensor, shape)
@@ -157,8 +161,9 @@ def _lanes_move(before: LinearLayout, after: LinearLayout) -> bool:
     return sorted(before.register + before.lane) == sorted(after.register + after.lane)
 
 
-def _scalar_layout() -> LinearLayout:
-    return LinearLayout((), (), ((),) * 5, ())
+def _every_lane(warps: int) -> LinearLayout:
+    """The layout of a single number, which every lane of every warp holds."""
+    return LinearLayout((), (), ((),) * 5, ((),) * (warps.bit_length() - 1))
 
 
 def shared_offsets(layout, shape, allocated, bits) -> np.ndarray | None:

@@ -39,7 +39,7 @@ class LinearLayout:
     def _numbers(self, bases: Bases) -> np.ndarray:
         # A dimension's size is a power of two, so coordinates sit in separate bits of the element's number, and
         # exclusive or on coordinates is exclusive or on numbers.
-        strides = np.cumprod((1, *self.shape[:0:-1]))[::-1]
+        strides = [int(np.prod(self.shape[dim + 1 :])) for dim in range(len(self.shape))]
         numbers = np.zeros(1, dtype=np.int64)
         for basis in bases:
             numbers = np.concatenate([numbers, numbers ^ int(np.dot(basis, strides))])

@@ -26,6 +26,7 @@ class Worker:
         self.interpret = interpret
         self.process = None
         self.started = 0.0
+        self.one_at_a_time = threading.Lock()
 
     def start(self) -> None:
         """Start the process, if it does not run; it gets ready while this one goes on."""
@@ -58,6 +59,10 @@ class Worker:
 
         Raises what the task raises, and FastkitError where the process dies or takes more than TIME_LIMIT_S.
         """
+        with self.one_at_a_time:
+            return self._ask(task, args, newer_than)
+
+    def _ask(self, task: str, args: tuple, newer_than: float):
         if self.process and self.started < newer_than:
             self.stop()
         self.start()

@@ -1,0 +1,3 @@
+# fault: returns
+def vector_add(x, y, out):
+    return x
