@@ -4,6 +4,7 @@ A kernel file says `from fastkit.kernels.common import tl, triton`. Where Triton
 stand-in takes both names, so that the file still imports and its torch reference still works.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -66,6 +67,14 @@ def on_triton(op: str, name: str, x: torch.Tensor) -> bool:
     raise NotImplementedError(
         f"{op}: {name} is on device {x.device}; move it to cuda (kernel) or cpu (torch reference)"
     )
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """For launches: Triton launches on the current device, which need not be x's.
+
+    A graph of torch.compile sets the device itself, and could not be traced through a change of it.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def check_floats(op: str, **tensors: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastkit.kernels.common import Cost, as_rows, check_floats, on_triton, sm_count, tl, triton
+from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, on_triton, sm_count, tl, triton
 
 MAX_BLOCK_N = 8192  # longer blocks run out of registers in the backward
 MAX_N = 8 * MAX_BLOCK_N  # 65,536, longer than any model's rows
@@ -100,24 +100,24 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
-    M, N, stride_dym, stride_xm, stride_dxm,
-    WEIGHT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_partial_ptr,
+    M, N, stride_dym, stride_xm, stride_dresidualm, stride_dxm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK_N columns of dx for row tiles i, i + walkers, ... and sums dweight over those rows.
 
-    dweight_partial is [walkers, N] in fp32, a row of it for each walker. No atomics: the order of the additions is
-    fixed, and with it every bit of the result.
+    dresidual, if it is not None, is added to dx (see add_rms_norm.py). dweight_partial, if it is not None, is
+    [walkers, N] in fp32, a row of it for each walker. No atomics: the order of the additions is fixed, and with it
+    every bit of the result.
     """
     walkers = tl.num_programs(0) // BLOCKS_N
     walker, block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_cols = cols < N
-    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N], the same for every row
-    if WEIGHT_GRAD:
+    if dweight_partial_ptr is not None:
         dweight = tl.zeros([BLOCK_N], tl.float32)
 
-    for tile in range(walker, tl.cdiv(M, BLOCK_M), walkers):
+    for tile in tl.range(walker, tl.cdiv(M, BLOCK_M), walkers, num_stages=STAGES):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]
         in_rows = rows < M
         mask = in_rows[:, None] & in_cols[None, :]
@@ -127,6 +127,11 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]  # [BLOCK_M, 1]
         x_hat = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32) * rstd  # [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        # the same for every row, but to keep it would take registers from programs that could run beside this one
+        weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N]
+        if dresidual_ptr is not None:  # read now, that its bytes are under way while the row is summed
+            dresidual_rows = dresidual_ptr + rows[:, None] * stride_dresidualm
+            dresidual = tl.load(dresidual_rows + cols[None, :], mask=mask, other=0.0)
         wdy = dy * weight[None, :]
         c = tl.sum(x_hat * wdy, axis=1)  # [BLOCK_M]
         for step in range(1, BLOCKS_N):  # the rest of a long row, as in the forward
@@ -139,60 +144,86 @@ def _backward_kernel(
         c = (c / N)[:, None]  # [BLOCK_M, 1]
 
         dx = rstd * (wdy - x_hat * c)
+        if dresidual_ptr is not None:
+            dx += dresidual.to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * stride_dxm + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if WEIGHT_GRAD:
+        if dweight_partial_ptr is not None:
             dweight += tl.sum(dy * x_hat, axis=0)
 
-    if WEIGHT_GRAD:
+    if dweight_partial_ptr is not None:
         tl.store(dweight_partial_ptr + walker * N + cols, dweight, mask=in_cols)
 
 
-def _tiling(N: int) -> dict[str, int]:
+def row_tiling(N: int) -> dict[str, int]:
     """Blocks and warps for rows of N numbers: 16 numbers a thread, two 128-bit loads in a 16-bit dtype.
 
     A block is a power of two, so rows of 576 leave 44% of its 1024 lanes idle. An idle lane moves no bytes, and bytes
     are what this kernel waits for; what it must not do is leave too few loads under way. Hence short rows share a
     program, at least 2048 lanes' worth of them.
     """
-    BLOCK_N = min(triton.next_power_of_2(N), MAX_BLOCK_N)
+    BLOCK_N = min(1 << (N - 1).bit_length(), MAX_BLOCK_N)
     BLOCK_M = max(1, 2048 // BLOCK_N)
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "BLOCKS_N": triton.cdiv(N, BLOCK_N),
+        "BLOCKS_N": -(-N // BLOCK_N),
         "num_warps": BLOCK_M * BLOCK_N // (16 * 32),
     }
 
 
-def launch_forward(x, weight, eps: float, y, rstd) -> None:
-    """Write y [M, N] and rstd [M] (fp32), given x [M, N]. Rows may be any stride apart, as `as_rows` returns them."""
+def _dweight_tiling(N: int, lane_bytes: int) -> dict[str, int]:
+    """The same for a backward that sums dweight and reads `lane_bytes` for each number that it writes.
+
+    The sum takes registers, so few programs run side by side, and each must keep more loads under way: tiles to come
+    are fetched into shared memory while one is worked on, at most two of them and as many as 32 KiB hold (48 with the
+    weight's copies).
+    """
+    tiling = row_tiling(N)
+    tile_bytes = tiling["BLOCK_M"] * tiling["BLOCK_N"] * lane_bytes
+    return tiling | {"STAGES": 1 + min(2, 2**15 // tile_bytes)}
+
+
+def launch_forward(x, weight, eps: float, y, rstd, **tiling) -> None:
+    """Write y [M, N] and rstd [M] (fp32), given x [M, N]. Rows may be any stride apart, as `as_rows` returns them.
+
+    `tiling` overrides BLOCK_M and num_warps.
+    """
     M, N = x.shape
     if M == 0:
         return
-    tiling = _tiling(N)
-    grid = (triton.cdiv(M, tiling["BLOCK_M"]) * tiling["BLOCKS_N"],)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+    tiling = row_tiling(N) | tiling
+    grid = (-(-M // tiling["BLOCK_M"]) * tiling["BLOCKS_N"],)
+    with device_of(x):
         _forward_kernel[grid](x, weight, y, rstd, M, N, x.stride(0), y.stride(0), eps, **tiling)
 
 
-def launch_backward(dy, x, weight, rstd, dx, weight_grad: bool) -> torch.Tensor | None:
+def launch_backward(
+    dy, x, weight, rstd, dx, weight_grad: bool, dresidual=None, walkers: int | None = None, **tiling
+) -> torch.Tensor | None:
     """Write dx [M, N]; return dweight [N] in weight's dtype if `weight_grad`, else None, with no work done for it.
 
-    dx may be dy itself, which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N).
+    dresidual [M, N], if given, is added to dx, as add_rms_norm's backward needs it. dx may be dy or dresidual itself,
+    which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N). `tiling` overrides BLOCK_M, num_warps and
+    STAGES, and `walkers` how many programs share the rows.
     """
     M, N = x.shape
     if M == 0:
         return torch.zeros_like(weight) if weight_grad else None
-    tiling = _tiling(N)
-    walkers = triton.cdiv(M, tiling["BLOCK_M"])  # without dweight: every tile its own program
-    dweight_partial = None
-    if weight_grad:  # with it: two programs an SM, so that few partial sums are left to add
-        walkers = min(walkers, 2 * sm_count(x.device))
-        dweight_partial = torch.empty(walkers, N, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    if weight_grad:
+        lane_bytes = x.element_size() * (2 if dresidual is None else 3)  # dy, x, dresidual
+        tiling = _dweight_tiling(N, lane_bytes) | tiling
+    else:
+        tiling = row_tiling(N) | {"STAGES": 1} | tiling
+    tiles = -(-M // tiling["BLOCK_M"])
+    if walkers is None:  # with dweight two an SM, so that few partial sums are left to add; else each tile its own
+        walkers = 2 * sm_count(x.device) if weight_grad else tiles
+    walkers = min(walkers, tiles)
+    dweight_partial = torch.empty(walkers, N, dtype=torch.float32, device=x.device) if weight_grad else None
+    stride_dresidualm = 0 if dresidual is None else dresidual.stride(0)
+    with device_of(x):
         _backward_kernel[(walkers * tiling["BLOCKS_N"],)](
-            dy, x, weight, rstd, dx, dweight_partial,
-            M, N, dy.stride(0), x.stride(0), dx.stride(0), weight_grad, **tiling,
+            dy, x, weight, rstd, dresidual, dx, dweight_partial,
+            M, N, dy.stride(0), x.stride(0), stride_dresidualm, dx.stride(0), **tiling,
         )  # fmt: skip
     return dweight_partial.sum(0).to(weight.dtype) if weight_grad else None
 
@@ -215,8 +246,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         weight = weight.contiguous()
         rows = as_rows(x)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+        y = x.new_empty(x.shape)
+        rstd = x.new_empty(rows.shape[0], dtype=torch.float32)
         launch_forward(rows, weight, eps, as_rows(y), rstd)
         ctx.save_for_backward(x, weight, rstd)  # x as it came: a copy made by as_rows is not kept alive
         return y
@@ -225,9 +256,20 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dx = x.new_empty(x.shape)
         dweight = launch_backward(as_rows(dy), as_rows(x), weight, rstd, as_rows(dx), ctx.needs_input_grad[1])
         return dx, dweight, None
+
+
+def check_rows(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ValueError unless x has rows that the kernels can take, and weight a number for each of their columns."""
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_N:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}; rows of 1 to {MAX_N} numbers are supported, "
+            "use torch.nn.functional.rms_norm for longer ones"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; x's rows need ({x.shape[-1]},)")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -243,13 +285,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     too long, NotImplementedError for a device without kernels. CPU tensors take `reference` (see `on_triton`).
     """
     check_floats("rms_norm", x=x, weight=weight)
-    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_N:
-        raise ValueError(
-            f"rms_norm: x has shape {tuple(x.shape)}; rows of 1 to {MAX_N} numbers are supported, "
-            "use torch.nn.functional.rms_norm for longer ones"
-        )
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}; x's rows need ({x.shape[-1]},)")
+    check_rows("rms_norm", x, weight)
     if not on_triton("rms_norm", "x", x):
         return reference(x, weight, eps)
     return _RMSNorm.apply(x, weight, float(eps))

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastkit.kernels.common import Cost, as_rows, check_floats, on_triton, tl, triton
+from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, on_triton, tl, triton
 
 
 def cost(M: int, N: int, dtype=torch.bfloat16) -> tuple[Cost, Cost]:
@@ -91,43 +91,49 @@ def _backward_kernel(
     tl.store(dup_ptr + row * stride_dupm + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def elementwise_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors as rows: a single one, as long as it gets, if all are contiguous; else [M, N] (see `as_rows`).
 
-    The operation knows no rows, so a contiguous tensor is best cut into full blocks wherever its rows end.
+    An elementwise operation knows no rows, so a contiguous tensor is best cut into full blocks wherever its rows end.
     """
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all(map(torch.Tensor.is_contiguous, tensors)):
         return [tensor.view(1, -1) for tensor in tensors]
     return [as_rows(tensor) for tensor in tensors]
 
 
-def _grid(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and its tiling: 1024 numbers a program, 8 a thread, one 128-bit load of each input in a 16-bit dtype."""
-    BLOCK_N = min(1024, triton.next_power_of_2(N))
-    return (M * triton.cdiv(N, BLOCK_N),), {"BLOCK_N": BLOCK_N, "num_warps": 4}
+def elementwise_grid(M: int, N: int, **tiling) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and its tiling: 1024 numbers a program, 8 a thread, one 128-bit load of each input in a 16-bit dtype.
+
+    One tiling for every N, so that torch.compile need not compile anew for each. `tiling` overrides BLOCK_N, num_warps.
+    """
+    tiling = {"BLOCK_N": 1024, "num_warps": 4} | tiling
+    return (M * -(-N // tiling["BLOCK_N"]),), tiling
 
 
-def launch_forward(gate, up, y) -> None:
-    """Write y, given gate and up, all [M, N]. Rows may be any stride apart. y may be gate or up itself."""
-    M, N = gate.shape
-    if M * N == 0:
-        return
-    grid, tiling = _grid(M, N)
-    with torch.cuda.device_of(gate):  # Triton launches on the current device, which need not be gate's
-        _forward_kernel[grid](gate, up, y, N, gate.stride(0), up.stride(0), y.stride(0), **tiling)
+def launch_forward(gate, up, y, **tiling) -> None:
+    """Write y, given gate and up, all [M, N]. Rows may be any stride apart. y may be gate or up itself.
 
-
-def launch_backward(dy, gate, up, dgate, dup) -> None:
-    """Write dgate and dup, given dy, gate and up, all [M, N]. Rows may be any stride apart.
-
-    dgate may be gate itself and dup up itself, which saves two buffers and destroys the inputs: for callers that own
-    them. Each number is read before it is overwritten, by the one program that needs it.
+    `tiling` overrides BLOCK_N and num_warps.
     """
     M, N = gate.shape
     if M * N == 0:
         return
-    grid, tiling = _grid(M, N)
-    with torch.cuda.device_of(gate):
+    grid, tiling = elementwise_grid(M, N, **tiling)
+    with device_of(gate):
+        _forward_kernel[grid](gate, up, y, N, gate.stride(0), up.stride(0), y.stride(0), **tiling)
+
+
+def launch_backward(dy, gate, up, dgate, dup, **tiling) -> None:
+    """Write dgate and dup, given dy, gate and up, all [M, N]. Rows may be any stride apart.
+
+    dgate may be gate itself and dup up itself, which saves two buffers and destroys the inputs: for callers that own
+    them. Each number is read before it is overwritten, by the one program that needs it. `tiling` as in the forward.
+    """
+    M, N = gate.shape
+    if M * N == 0:
+        return
+    grid, tiling = elementwise_grid(M, N, **tiling)
+    with device_of(gate):
         _backward_kernel[grid](
             dy, gate, up, dgate, dup,
             N, dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), **tiling,
@@ -137,7 +143,7 @@ def launch_backward(dy, gate, up, dgate, dup) -> None:
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
     M, N = 8192, 14336  # Mistral-7B, 4 sequences of 2,048 tokens
-    dy, gate, up, dgate, dup = _rows(*(torch.empty(M, N, dtype=dtype, device="meta") for _ in range(5)))
+    dy, gate, up, dgate, dup = elementwise_rows(*(torch.empty(M, N, dtype=dtype, device="meta") for _ in range(5)))
     return {
         f"forward {M}x{N}": functools.partial(launch_forward, gate, up, dy),
         f"backward {M}x{N}": functools.partial(launch_backward, dy, gate, up, dgate, dup),
@@ -147,8 +153,8 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        launch_forward(*_rows(gate, up, y))
+        y = gate.new_empty(gate.shape)
+        launch_forward(*elementwise_rows(gate, up, y))
         ctx.save_for_backward(gate, up)
         return y
 
@@ -156,8 +162,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        launch_backward(*_rows(dy, gate, up, dgate, dup))
+        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+        launch_backward(*elementwise_rows(dy, gate, up, dgate, dup))
         return dgate, dup
 
 

@@ -160,7 +160,7 @@ def test_frozen_weight_costs_nothing(device, monkeypatch):
     x.requires_grad_()
     rms_norm(x, weight).sum().backward()
     assert x.grad is not None and weight.grad is None
-    assert seen[0][5] is None and seen[0][11] is False  # dweight_partial_ptr, WEIGHT_GRAD
+    assert seen[0][4] is None and seen[0][6] is None  # dresidual_ptr, dweight_partial_ptr
 
 
 def test_frozen_input(device):
@@ -298,9 +298,10 @@ def test_compiled_code(N, arch):
     """Nothing spilled, shared memory to spare and 128-bit accesses, at the hidden sizes of real models."""
     made = compile_all(lambda: launches(64, N, torch.float16), arch)
     assert len(made) == 3
-    # the one narrow access is rstd's; a gfx942 wave has 64 lanes, too many to give each 128 bits of a weight of 576
-    narrow = 2 if arch == "gfx942" else 1
-    assert not [fault for compiled in made for fault in faults(compiled, narrow)]
+    # the narrow access is rstd's, with dweight one for each of up to three tiles under way; a gfx942 wave has 64 lanes,
+    # too many to give each 128 bits of a weight of 576, which makes two
+    narrow = [2, 2, 6] if arch == "gfx942" else [1, 1, 3]
+    assert not [fault for compiled, allowed in zip(made, narrow, strict=True) for fault in faults(compiled, allowed)]
 
 
 @pytest.mark.parametrize(
@@ -308,12 +309,26 @@ def test_compiled_code(N, arch):
 )
 def test_compiled_code_of_long_rows_and_other_dtypes(N, dtype):
     made = compile_all(lambda: launches(64, N, dtype), "sm_90")
-    assert not [fault for compiled in made for fault in faults(compiled, narrow=1)]
+    assert not [fault for compiled, narrow in zip(made, [1, 1, 3], strict=True) for fault in faults(compiled, narrow)]
 
 
 def test_one_number_compiles():
     """Triton makes constants of arguments that are 1."""
     assert len(compile_all(lambda: launches(1, 1, torch.bfloat16), "sm_90")) == 3
+
+
+@pytest.mark.gpu
+def test_under_torch_compile_and_in_a_graph(device):
+    x, weight = inputs((64, 576), torch.bfloat16, device)
+    plain = run(rms_norm, x, weight, x)
+    compiled = run(torch.compile(rms_norm, fullgraph=True), x, weight, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:-1], compiled[:-1], strict=True))
+    torch.testing.assert_close(plain[-1], compiled[-1])  # Inductor adds dweight's partial sums in its own order
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = rms_norm(x, weight, EPS)
+    graph.replay()
+    assert torch.equal(y, plain[0])
 
 
 # What all kernels share, in kernels/common.py

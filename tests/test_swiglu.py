@@ -87,13 +87,13 @@ def test_layouts(layout, N, dtype, device):
 
 def test_halves_of_a_stacked_tensor_are_not_copied():
     gate, up = torch.empty(2, 3, 16).chunk(2, -1)
-    rows = module._rows(gate, up, torch.empty(2, 3, 8))
+    rows = module.elementwise_rows(gate, up, torch.empty(2, 3, 8))
     assert [r.shape for r in rows] == [(6, 8)] * 3 and [r.stride(0) for r in rows] == [16, 16, 8]
     assert [rows[0].data_ptr(), rows[1].data_ptr()] == [gate.data_ptr(), up.data_ptr()]
 
 
 def test_contiguous_tensors_are_one_row():
-    assert [r.shape for r in module._rows(torch.empty(2, 3, 8), torch.empty(2, 3, 8))] == [(1, 48)] * 2
+    assert [r.shape for r in module.elementwise_rows(torch.empty(2, 3, 8), torch.empty(2, 3, 8))] == [(1, 48)] * 2
 
 
 def test_gradient_of_a_stacked_tensor(device):
@@ -194,7 +194,7 @@ def test_more_than_2_to_the_31_numbers(device):
     gate, up, y = (torch.zeros(count, dtype=torch.float16, device=device) for _ in range(3))
     for end in (slice(0, 2000), slice(-2000, None)):
         gate[end], up[end] = inputs((2000,), torch.float16, device)
-    module.launch_forward(*module._rows(gate, up, y))
+    module.launch_forward(*module.elementwise_rows(gate, up, y))
     for end in (slice(0, 2000), slice(-2000, None)):
         assert torch.equal(y[end], swiglu(gate[end], up[end]))
     assert y[2000:-2000].count_nonzero() == 0
@@ -251,10 +251,10 @@ def launches(M, N, dtype):
     """Forward and backward of the halves of a stacked tensor, then of flat tensors."""
     gate, up = torch.empty(M, 2 * N, dtype=dtype).chunk(2, -1)
     y, dgate, dup = (torch.empty(M, N, dtype=dtype) for _ in range(3))
-    module.launch_forward(*module._rows(gate, up, y))
-    module.launch_backward(*module._rows(y, gate, up, dgate, dup))
-    module.launch_forward(*module._rows(dgate, dup, y))
-    module.launch_backward(*module._rows(y, dgate, dup, dgate, dup))
+    module.launch_forward(*module.elementwise_rows(gate, up, y))
+    module.launch_backward(*module.elementwise_rows(y, gate, up, dgate, dup))
+    module.launch_forward(*module.elementwise_rows(dgate, dup, y))
+    module.launch_backward(*module.elementwise_rows(y, dgate, dup, dgate, dup))
 
 
 @pytest.mark.parametrize(
@@ -281,3 +281,16 @@ def test_one_number_compiles():
 def test_narrow_accesses_are_seen():
     made = compile_all(lambda: launches(64, 999, torch.float16), "sm_90")
     assert all(any("narrower than 128 bits" in fault for fault in faults(compiled)) for compiled in made[:2])
+
+
+@pytest.mark.gpu
+def test_under_torch_compile_and_in_a_graph(device):
+    gate, up = inputs((64, 1500), torch.bfloat16, device)
+    plain = run(swiglu, gate, up, gate)
+    compiled = run(torch.compile(swiglu, fullgraph=True), gate, up, gate)
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = swiglu(gate, up)
+    graph.replay()
+    assert torch.equal(y, plain[0])
