@@ -1,0 +1,187 @@
+import pytest
+import torch
+from compiled import compile_all
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_as_close_as_torch
+
+from fastkit.kernels import lora as module
+from fastkit.lab.portability import misfit
+from fastkit.lab.tracer import trace_launches
+from fastkit.ops import lora_gradients
+
+pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
+
+
+def inputs(M, K, Ns, ranks, dtype, device, adapter_dtype=None):
+    """x, dys, As, Bs, scalings."""
+    x, dys = torch.randn(M, K, device=device).to(dtype), [torch.randn(M, N, device=device).to(dtype) for N in Ns]
+    As = [(0.1 * torch.randn(r, K, device=device)).to(adapter_dtype or dtype) for r in ranks]
+    Bs = [(0.1 * torch.randn(N, r, device=device)).to(adapter_dtype or dtype) for N, r in zip(Ns, ranks, strict=True)]
+    return x, dys, As, Bs, [0.5 + i for i in range(len(Ns))]
+
+
+def by_autograd(x, dys, As, Bs, scalings):
+    As, Bs = ([t.detach().requires_grad_() for t in ts] for ts in (As, Bs))
+    for dy, A, B, scaling in zip(dys, As, Bs, scalings, strict=True):
+        (scaling * (x @ A.to(x.dtype).T) @ B.to(x.dtype).T).backward(dy)
+    return [A.grad for A in As], [B.grad for B in Bs]
+
+
+def check(x, dys, As, Bs, scalings, gradients=lora_gradients):
+    """Assert that `gradients` err no more than those of torch, whose products are rounded to x's dtype."""
+    wide = x.double(), *([t.double() for t in ts] for ts in (dys, As, Bs)), scalings
+    sizes = wide[0].abs(), *([t.abs() for t in ts] for ts in wide[1:4]), scalings
+    found = (*gradients(x, dys, As, Bs, scalings),), by_autograd(x, dys, As, Bs, scalings)
+    truth, terms = module.reference(*wide), module.reference(*sizes)
+    for name, ours, theirs, true, scale in zip("AB", *found, truth, terms, strict=True):
+        for i, results in enumerate(zip(ours, theirs, true, strict=True)):
+            assert_as_close_as_torch(*results, f"d{name}[{i}]", scale[i])
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("M", "K", "Ns", "ranks"),
+    [(1, 1, [1], [1]), (64, 128, [64], [16]), (77, 130, [33, 100, 5], [4, 16, 1]), (150, 300, [700, 64], [64, 8]),
+     (130, 40, [50], [256]), (200, 36, [20], [40])],
+)  # fmt: skip
+def test_close_to_the_truth(M, K, Ns, ranks, adapter_dtype, dtype, device):
+    check(*inputs(M, K, Ns, ranks, dtype, device, adapter_dtype))
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**31))
+def test_close_to_the_truth_at_any_shape(dtype, device, M, K, N, r, seed):
+    torch.manual_seed(seed)
+    check(*inputs(M, K, [N], [r], dtype, device))
+
+
+def test_gradients_of_autograd():
+    x, dys, As, Bs, scalings = inputs(5, 7, [4, 3], [2, 1], torch.float64, "cpu")
+    for ours, theirs in zip(
+        module.reference(x, dys, As, Bs, scalings), by_autograd(x, dys, As, Bs, scalings), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_layouts_are_read_in_place_or_copied(dtype, device):
+    x, dys, As, Bs, scalings = inputs(60, 64, [32, 32], [4, 4], dtype, device)
+    plain = lora_gradients(x, dys, As, Bs, scalings)
+    stacked = torch.cat(dys, 1)
+    views = [*stacked.chunk(2, 1)], [A.T.contiguous().T for A in As], [B.repeat(1, 2)[:, :4] for B in Bs]
+    viewed = lora_gradients(x.view(3, 20, 64), [dy.view(3, 20, 32) for dy in dys], *views[1:], scalings)
+    sliced = lora_gradients(x.T.contiguous().T, *views, scalings)
+    for ours in (viewed, sliced):
+        assert all(torch.equal(a, b) for pair in zip(ours, plain, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_adapters_of_two_dtypes(device):
+    x, dys, As, Bs, scalings = inputs(40, 64, [32, 16], [4, 2], torch.float16, device)
+    As[1], Bs[0] = As[1].float(), Bs[0].float()
+    dAs, dBs = lora_gradients(x, dys, As, Bs, scalings)
+    assert [t.dtype for t in (*dAs, *dBs)] == [torch.float16, torch.float32, torch.float32, torch.float16]
+    check(x, dys, As, Bs, scalings)
+
+
+@pytest.mark.parametrize("M", [0, 3])
+def test_no_rows_or_columns(M, device):
+    x, dys, As, Bs, scalings = inputs(M, 8, [0] if M else [6], [2], torch.float32, device)
+    dAs, dBs = lora_gradients(x, dys, As, Bs, scalings)
+    assert dAs[0].eq(0).all() and dAs[0].shape == (2, 8) and dBs[0].eq(0).all()
+
+
+def test_same_bits_every_time(dtype, device):
+    given = inputs(700, 100, [300], [8], dtype, device)
+    first, second = (lora_gradients(*given) for _ in range(2))
+    assert all(torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_offsets_past_2_to_the_31(device):
+    stride, rows = 2**30, 3
+    memory = torch.UntypedStorage((stride * (rows - 1) + 8) * 2, device=device)  # 4 GiB of addresses, few touched
+    far = torch.empty(0, dtype=torch.float16, device=device).set_(memory, 0, (rows, 8), (stride, 1))
+    x, _, As, Bs, scalings = inputs(rows, 8, [8], [2], torch.float16, device)
+    far.copy_(x)
+    for ours, theirs in zip(
+        lora_gradients(far, [far], As, Bs, scalings), lora_gradients(x, [x], As, Bs, scalings), strict=True
+    ):
+        assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, d, A, B, s: lora_gradients(x, d, A, B, []), ValueError, "1 As, 1 Bs, 0 scalings"),
+        (lambda x, d, A, B, s: lora_gradients(x, [], [], [], []), ValueError, "one of each for every adapter"),
+        (lambda x, d, A, B, s: lora_gradients(x, [d[0].half()], A, B, s), TypeError, r"dys\[0\] has dtype"),
+        (lambda x, d, A, B, s: lora_gradients(x, d, [A[0].double()], B, s), TypeError, r"As\[0\] has dtype"),
+        (lambda x, d, A, B, s: lora_gradients(x, d, [A[0].to("meta")], B, s), ValueError, r"As\[0\] is on meta"),
+        (lambda x, d, A, B, s: lora_gradients(x, d, [A[0][:, 1:]], B, s), ValueError, r"As\[0\] \(2, 7\)"),
+        (lambda x, d, A, B, s: lora_gradients(x[1:], d, A, B, s), ValueError, r"dys\[0\] \(5, 6\)"),
+    ],
+)
+def test_clear_errors(call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call(*inputs(5, 8, [6], [2], torch.float32, "cpu"))
+    assert str(caught.value).startswith("lora_gradients: ") and "\n" not in str(caught.value)
+
+
+def _rounded(x, dys, As, Bs, scalings):
+    (dy,), (A,), (B,), (scaling,) = dys, As, Bs, scalings
+    xA, dyB = (x @ A.T).bfloat16().half(), (dy @ B).bfloat16().half()
+    return [(scaling * dyB.float().T @ x.float()).half()], [(scaling * dy.float().T @ xA.float()).half()]
+
+
+WRONG = {
+    "intermediates in bfloat16": _rounded,
+    "scaling forgotten": lambda x, d, A, B, s: module.reference(x, d, A, B, [1.0]),
+    "the last row left out": lambda x, d, A, B, s: module.reference(x[:-1], [d[0][:-1]], A, B, s),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_kernels_are_caught(wrong):
+    given = inputs(60, 64, [32], [4], torch.float16, "cpu")
+    check(*given, module.reference)
+    with pytest.raises(AssertionError):
+        check(*given, WRONG[wrong])
+
+
+def launches(M, K, N, r, dtype):
+    x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    A, B = torch.empty(r, K, dtype=dtype), torch.empty(N, r, dtype=dtype)
+    module.launch(x, [dy], A, [B], [2.0], torch.empty_like(A), [torch.empty_like(B)])
+
+
+@pytest.mark.parametrize("r", [16, 256])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+def test_compiled_code(arch, r):
+    made = compile_all(lambda: launches(512, 4096, 1024, r, torch.bfloat16), arch)
+    assert not [compiled.kernel for compiled in made if misfit(compiled) or compiled.spilled_bytes]
+    for compiled in made:
+        if compiled.kernel != "_sum_kernel":  # x and dy go to shared memory by 128 bits a lane, past the registers
+            assert "cp.async.128" in compiled.instructions and {"HMMA", "WGMMA"} & set(compiled.instructions)
+
+
+def test_compiled_code_in_fp32():
+    made = compile_all(lambda: launches(512, 4096, 1024, 16, torch.float32), "sm_90")
+    assert not any(map(misfit, made))
+
+
+def test_x_twice_and_dy_once():
+    M, K, N, r = 256, 512, 1024, 16
+    traces = trace_launches(lambda: launches(M, K, N, r, torch.bfloat16), arch="sm_90", programs=4096)
+    moved = [a.bytes_moved for t in traces for a in t.accesses if a.argument in ("x_ptr", "y_ptr")]
+    assert sorted(moved) == [2 * M * K, 2 * M * K, 2 * M * N]
+
+
+@pytest.mark.gpu
+def test_under_torch_compile_and_in_a_graph(device):
+    given = inputs(512, 576, [192, 576], [16, 8], torch.bfloat16, device)
+    plain = lora_gradients(*given)
+    compiled = torch.compile(lora_gradients, fullgraph=True)(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = lora_gradients(*given)
+    graph.replay()
+    for ours in (compiled, captured):
+        assert all(torch.equal(a, b) for pair in zip(ours, plain, strict=True) for a, b in zip(*pair, strict=True))
