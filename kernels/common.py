@@ -100,6 +100,19 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+@torch.compiler.assume_constant_result  # dynamo cannot trace the question to the driver
+def architecture(device: torch.device) -> str:
+    """What Triton compiles for on `device`, such as "sm_90" or "gfx942"; else "interpreter" or "no GPU"."""
+    if INTERPRETED:
+        return "interpreter"
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: leave the current device
+        try:
+            target = triton.runtime.driver.active.get_current_target()
+        except RuntimeError:  # Triton found no driver
+            return "no GPU"
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
 SMS_WITHOUT_GPU = 4  # for the interpreter: enough to exercise several programs
 
 

@@ -32,8 +32,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, on_triton, sm_count, tl, triton
-from fastkit.kernels.nf4 import device_architecture
+from fastkit.kernels.common import Cost, architecture, as_rows, check_floats, device_of, on_triton, sm_count, tl, triton
 
 MAX_RANK = 256
 FUSED_RANK = 32  # up to which dB and dyB come of one reading of dy
@@ -173,7 +172,7 @@ def launch_project(x, A, xA, scaling: float = 1.0, **tiling) -> None:
     `tiling` overrides BLOCK_M, BLOCK_K, BLOCK_R, num_warps and num_stages.
     """
     (M, K), R = x.shape, A.shape[0]
-    arch = device_architecture(x.device)
+    arch = architecture(x.device)
     precision = _precision(arch)
     BLOCK_K = 32 if x.element_size() == 4 or arch.startswith("gfx") else 128
     tiling = {"BLOCK_M": 64, "BLOCK_K": BLOCK_K, "BLOCK_R": _block_r(R), "num_warps": 4, "num_stages": 3} | tiling
@@ -211,7 +210,7 @@ def launch_reduce(
     overrides BLOCK_M and so on.
     """
     (M, N), R = y.shape, z.shape[1]
-    arch = device_architecture(y.device)
+    arch = architecture(y.device)
     precision = _precision(arch)
     tiling = _reduce_tiling(y, R, N, arch) | tiling
     blocks_n, blocks_r = -(-N // tiling["BLOCK_N"]), -(-R // tiling["BLOCK_R"])
@@ -328,7 +327,7 @@ def lora_gradients(
         if not kernels or 0 in (x.numel(), *(dy.numel() for dy in dys)):
             return reference(x, dys, As, Bs, scalings)
         x, dys = as_rows(x), [as_rows(dy) for dy in dys]
-        if device_architecture(x.device) == "sm_75":
+        if architecture(x.device) == "sm_75":
             return _with_torch(x, dys, As, Bs, scalings)
         dBs = [torch.empty(B.shape, dtype=B.dtype, device=x.device) for B in Bs]
         stacked = As[0] if len(As) == 1 else torch.cat(list(As))

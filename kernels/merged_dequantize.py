@@ -34,12 +34,11 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl, triton
+from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, tl, triton
 from fastkit.kernels.nf4 import (
     NF4Weight,
     code_values,
     dequantize_nf4,
-    device_architecture,
     empty_nf4,
     kernel_arguments,
     reference_absmax,
@@ -180,7 +179,7 @@ def launch(weight, A, B, scaling, w, transposed=False, bound=None, largest=None,
 
     Raises NotImplementedError where there is no tensor core that Triton can use, or no FP8.
     """
-    arch = device_architecture(w.device)
+    arch = architecture(w.device)
     if arch == "sm_75":
         raise NotImplementedError("merged_dequantize needs Triton's tensor cores, sm_80: use dequantize_nf4 and addmm_")
     if w.dtype == FP8 and arch in ("sm_80", "sm_86", "gfx942", "gfx1100"):
@@ -245,9 +244,9 @@ def _runs(op: str, weight: NF4Weight, w: torch.Tensor, A) -> bool:
     """Whether the kernel can take it: rows of whole words, and a device with what the kernel needs."""
     if not on_triton(op, "weight", w if A is None or A.dtype != torch.bfloat16 else A):
         return False
-    if weight.shape[1] % 8 or device_architecture(w.device) == "sm_75":
+    if weight.shape[1] % 8 or architecture(w.device) == "sm_75":
         return False
-    return w.dtype != FP8 or (w.device.type == "cuda" and device_architecture(w.device) not in ("sm_80", "sm_86"))
+    return w.dtype != FP8 or (w.device.type == "cuda" and architecture(w.device) not in ("sm_80", "sm_86"))
 
 
 def _with_torch(weight: NF4Weight, A, B, scaling: float) -> torch.Tensor:

@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 import torch
 
 from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl, triton
-from fastkit.kernels.ladders.rung import architecture
 
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -180,12 +179,6 @@ def _dequantize_kernel(
     w = code_values(packed, code) * absmax[:, None]  # [BLOCK_WORDS, 8]
     numbers = words[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(w_ptr + start * 8 + numbers, w.to(w_ptr.dtype.element_ty), mask=start * 8 + numbers < N)
-
-
-@torch.compiler.assume_constant_result
-def device_architecture(device: torch.device) -> str:
-    """`architecture`, for torch.compile a constant: it cannot trace the question to the driver."""
-    return architecture(device)
 
 
 def kernel_arguments(weight: NF4Weight) -> tuple[torch.Tensor | None, ...]:

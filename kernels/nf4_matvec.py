@@ -23,12 +23,11 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, sm_count, tl, triton
+from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, sm_count, tl, triton
 from fastkit.kernels.nf4 import (
     NF4Weight,
     code_values,
     dequantize_nf4,
-    device_architecture,
     empty_nf4,
     kernel_arguments,
     stored_bytes,
@@ -153,7 +152,7 @@ def launch_batch(x, weight: NF4Weight, y, **tiling) -> None:
 
     Raises NotImplementedError where Triton has no tensor cores.
     """
-    arch = device_architecture(x.device)
+    arch = architecture(x.device)
     if arch == "sm_75":
         raise NotImplementedError("nf4_matvec of several rows needs Triton's tensor cores, sm_80: use dequantize_nf4")
     (M, K), N = x.shape, weight.shape[0]
@@ -204,7 +203,7 @@ def nf4_matvec(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    if M > MAX_ROWS or K == 0 or K % 8 or (M > 1 and device_architecture(x.device) == "sm_75"):
+    if M > MAX_ROWS or K == 0 or K % 8 or (M > 1 and architecture(x.device) == "sm_75"):
         return x @ dequantize_nf4(weight, x.dtype).T
     rows = x.reshape(M, K).contiguous()
     if M == 1:

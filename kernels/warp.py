@@ -42,8 +42,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, device_of, on_triton, tl, triton
-from fastkit.kernels.ladders.rung import architecture
+from fastkit.kernels.common import Cost, architecture, device_of, on_triton, tl, triton
 
 LANES = 32
 REDUX = {

@@ -39,7 +39,7 @@ MATRIX_UNITS = {
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
-    """Everything, for all architectures: some 40 s, or 7 where Triton's cache has it. Its key is the whole source."""
+    """Everything, for all architectures: some minutes; seconds where Triton's cache, keyed by the source, has it."""
     return rows()
 
 
@@ -72,9 +72,9 @@ def test_nothing_is_left_out(report):
     for name, path in kernel_files().items():
         mine = of(report, kernel=name)
         defined = set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
-        assert defined and defined == {row["function"] for row in mine} - {None}
+        assert defined and defined <= {row["function"] for row in mine}
         for case in {row["case"] for row in mine}:
-            assert [row["arch"] for row in of(mine, case=case)] == list(ARCHITECTURES)
+            assert list(dict.fromkeys(row["arch"] for row in of(mine, case=case))) == list(ARCHITECTURES)
 
 
 def test_figures(report):
@@ -108,7 +108,10 @@ def test_tensor_cores_work_where_there_are_any(report):
 
 def test_wide_loads_in_the_model_s_kernels(report):
     mine = [row for row in report if row["kernel"] in ("rms_norm", "swiglu") and row["arch"] != "gfx942"]
-    assert len(mine) == 8 * 8 and all({"ld.global.128", "st.global.128"} <= set(row["instructions"]) for row in mine)
+    assert len(mine) == 8 * 8
+    for row in mine:
+        made = set(row["instructions"])
+        assert "st.global.128" in made and made & {"ld.global.128", "cp.async.128"}, row
 
 
 def test_a_launch_that_spills():
@@ -165,7 +168,7 @@ def test_a_helper_that_is_lost_is_a_row(monkeypatch):
 
 
 def test_errors(monkeypatch, tmp_path):
-    with pytest.raises(FastkitError, match=r"no kernel file 'swigloo': there are rms_norm, swiglu, ladders\.copy"):
+    with pytest.raises(FastkitError, match=r"'swigloo': there are .*rms_norm, .*swiglu, .*ladders\.copy"):
         rows(["swiglu", "swigloo"])
     with pytest.raises(FastkitError, match="architecture 'sm_70': use one of sm_75"):
         rows(["swiglu"], ["sm_90", "sm_70"])
@@ -199,7 +202,7 @@ def test_json(capsys, report):
     assert main(["compile", "rms_norm", "swiglu", "--arch", "sm_90", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["triton"] == triton.__version__
-    assert found["rows"] == [row for row in of(report, arch="sm_90") if not row["kernel"].startswith("ladders.")]
+    assert found["rows"] == [row for row in of(report, arch="sm_90") if row["kernel"] in ("rms_norm", "swiglu")]
 
 
 def test_exit_codes(capsys, monkeypatch):

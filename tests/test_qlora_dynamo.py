@@ -15,7 +15,7 @@ torch.utils._triton.has_triton = lambda *a: True  # no GPU, but what would be tr
 from fastkit.kernels import lora, merged_dequantize, nf4, nf4_matvec
 for module in (lora, merged_dequantize, nf4, nf4_matvec):
     module.on_triton = lambda *a: True
-    module.device_architecture = torch.compiler.assume_constant_result(lambda device: "sm_90")
+    module.architecture = torch.compiler.assume_constant_result(lambda device: "sm_90")
 
 class Traced(BaseException):
     pass

@@ -22,8 +22,8 @@ rungs, which multiply them exactly; on tensor cores they would be cut to tf32, a
 
 import torch
 
-from fastkit.kernels.common import Cost, check_floats, on_triton, sm_count, tl, triton
-from fastkit.kernels.ladders.rung import Rung, architecture, best, find
+from fastkit.kernels.common import Cost, architecture, check_floats, on_triton, sm_count, tl, triton
+from fastkit.kernels.ladders.rung import Rung, best, find
 from fastkit.kernels.ladders.rung import examples as rung_examples
 
 try:

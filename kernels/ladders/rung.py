@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkit.kernels.common import INTERPRETED, TRITON_MISSING, tl, triton
+from fastkit.kernels.common import INTERPRETED, TRITON_MISSING, architecture, tl, triton
 
 try:
     from triton.experimental import gluon
@@ -76,18 +76,6 @@ class Rung:
 def examples(rungs: tuple[Rung, ...], size: str, *tensors: torch.Tensor) -> dict[str, Callable[[], None]]:
     """A ladder's launches, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
     return {f"{rung.name} {size}": functools.partial(rung.launch, *tensors) for rung in rungs}
-
-
-def architecture(device: torch.device) -> str:
-    """What Triton compiles for on `device`, such as "sm_90" or "gfx942"; else "interpreter" or "no GPU"."""
-    if INTERPRETED:
-        return "interpreter"
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: leave the current device
-        try:
-            target = triton.runtime.driver.active.get_current_target()
-        except RuntimeError:  # Triton found no driver
-            return "no GPU"
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def find(op: str, rungs: tuple[Rung, ...], name: str | None) -> Rung | None:
