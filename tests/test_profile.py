@@ -168,21 +168,18 @@ def test_no_ncu():
         pytest.skip("ncu is installed outside PATH")
 
 
-class FakeTrace:
-    registers, occupancy = 18, 1.0
-
-    def sectors_per_request(self, kind):
-        return {"load": 16.0, "store": None}[kind]
-
-    def bytes_moved(self, kind):
-        return {"load": 2**25, "store": None}[kind]
-
-
 def test_beside_the_tracer():
+    pytest.importorskip("triton")
+    from fastkit.kernels.ladders import copy
+    from fastkit.lab.tracer import trace_launches
+
+    x, y = (torch.empty(2**23, device="meta") for _ in range(2))
+    (trace,) = trace_launches(lambda: copy.launch_vectorised(x, y))
     (row, _) = parse(REPORT, wanted("load_sectors_per_request", "load_bytes_moved", "registers"))
-    found = {line["what"]: (line["predicted"], line["measured"]) for line in beside(FakeTrace(), row)}
-    assert found["load_sectors_per_request"] == (16.0, 16) and found["load_bytes_moved"] == (2**25, 2**25)
-    assert found["registers"] == (18, 18) and found["store_bytes_moved"] == (None, None)
+    found = {line["what"]: (line["predicted"], line["measured"]) for line in beside(trace, row)}
+    assert found["load_sectors_per_request"] == (16, 16) and found["load_bytes_moved"] == (2**25, 2**25)
+    assert found["registers"] == (trace.registers, 18) and found["store_bytes_moved"] == (2**25, None)
+    assert "async_requests" not in found and "shared_load_wavefronts_per_request" not in found
 
 
 @pytest.mark.gpu

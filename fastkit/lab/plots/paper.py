@@ -18,6 +18,7 @@ WIDTH = 9.0  # inches; at the style's 100 dots an inch, a notebook's width
 TITLE_CHARACTERS, TITLE_INCHES = 92, 0.22  # of a line of the headline
 LINE_CHARACTERS, LINE_INCHES = 116, 0.185  # of a line of plain text
 CAPTION_CHARACTERS = 128
+MARGIN = 0.08  # inches left free below: the layout of axes that keep their shape can be some dots off
 
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
 INK, GREY, FAINT = "#222222", "#767676", "#DDDDDD"
@@ -80,7 +81,8 @@ def blank(headline: str, height: float, subtitle: str = "", caption: str = "") -
     title, more = (wrapped(text, size) for text, size in ((headline, TITLE_CHARACTERS), (subtitle, LINE_CHARACTERS)))
     below = wrapped(caption, CAPTION_CHARACTERS)
     title_inches = 0.1 + TITLE_INCHES * len(title.splitlines())
-    top, bottom = title_inches + LINE_INCHES * len(more.splitlines()), LINE_INCHES * len(below.splitlines())
+    top = title_inches + LINE_INCHES * len(more.splitlines())
+    bottom = MARGIN + LINE_INCHES * len(below.splitlines())
     total = top + height + bottom
     figure = Picture(figsize=(WIDTH, total))
     FigureCanvasAgg(figure)  # which knows how large text is
