@@ -18,7 +18,7 @@ from fastkit.lab.machine_code import (
     nvidia_resources,
     ptx_instructions,
 )
-from fastkit.lab.worker import COMPILER
+from fastkit.lab.worker import COMPILER, told
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
@@ -67,9 +67,8 @@ def compile_parcel(parcel: Parcel, arch: str) -> Compiled:
     try:
         compiled = kernel.run(*arguments.values(), grid=parcel.grid, warmup=True, **parcel.options)
     except Exception as error:
-        raise FastkitError(f"{kernel.fn.__name__} cannot be compiled for {arch}: {_reason(error)}") from error
+        raise FastkitError(f"{kernel.fn.__name__} cannot be compiled for {arch}: {told(error)}") from error
     ttgir = compiled.asm["ttgir"]
-    warps = compiled.metadata.num_warps
     if target.backend == "hip":
         code, instructions = compiled.asm["amdgcn"], ()
         counts = amd_instructions(code)
@@ -82,7 +81,7 @@ def compile_parcel(parcel: Parcel, arch: str) -> Compiled:
     return Compiled(
         kernel=compiled.metadata.name,
         arch=arch,
-        num_warps=warps,
+        num_warps=compiled.metadata.num_warps,
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
@@ -120,10 +119,3 @@ class _NoDevice:
 
     def get_current_stream(self, device):
         return 0
-
-
-def _reason(error: Exception) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

@@ -285,4 +285,4 @@ class _Recorder:
             touched = {
                 number: tuple(SECTOR * int(row.sum()) for row in marks) for number, marks in self.touched.items()
             }
-        return Traced(self.found, programs, touched, [(kind, chain) for kind, chain in self.unplanned])
+        return Traced(self.found, programs, touched, list(self.unplanned))

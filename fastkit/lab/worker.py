@@ -126,18 +126,17 @@ def main() -> None:
             answer = True, getattr(importlib.import_module(f"fastkit.lab.{module}"), function)(*args)
             pickle.dumps(answer)
         except Exception as error:
-            answer = False, error if isinstance(error, FastkitError) else FastkitError(_told(error))
+            answer = False, error if isinstance(error, FastkitError) else FastkitError(told(error))
         pickle.dump(answer, answers)
         answers.flush()
 
 
-def _told(error: Exception) -> str:
-    """The error in one line, with what Triton's compiler wraps into several."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+def told(error: Exception) -> str:
+    """The error in one line: of the wrappings that Triton's compiler puts around it, the innermost."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkit.kernels.common import INTERPRETED, TRITON_MISSING, architecture, tl, triton
+from fastkit.kernels.common import INTERPRETED, TRITON_MISSING, architecture, device_of, tl, triton
 
 try:
     from triton.experimental import gluon
@@ -58,7 +58,7 @@ class Rung:
         if refusal := self.refuses(*tensors):
             raise ValueError(f"{name} {refusal}")
         if tensors[-1].numel():
-            with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, which need not be theirs
+            with device_of(tensors[0]):
                 self.launcher(*tensors, **tiling)
 
     def lacking(self, device: torch.device) -> str:
