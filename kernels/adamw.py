@@ -38,7 +38,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.adamw_state import BLOCK_N, State, decoded, encoded
-from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl, triton
+from fastkit.kernels.common import Cost, check_floats, device_of, fp32, on_triton, tl, triton
 
 PARTIALS = 512  # programs of the first launch, at most: each leaves a partial sum, which its last program adds
 SCALARS = 6  # what the first launch leaves: norm, found_inf, factor of g, lr, lr / correction1, sqrt(correction2)
@@ -138,6 +138,8 @@ def _conclude(
         unscale = 1.0 / tl.load(grad_scale_ptr)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
+    else:
+        lr = fp32(lr)
     norm = tl.sqrt(sum_sq) * unscale
     finite = tl.abs(norm) < float("inf")  # false for NaN
     step = tl.load(step_ptr) + 1
@@ -145,7 +147,7 @@ def _conclude(
     correction1, correction2 = 1.0 - _power(beta1, step), 1.0 - _power(beta2, step)
     tl.store(scalars_ptr, norm)
     tl.store(scalars_ptr + 1, tl.where(finite, 0.0, 1.0))
-    tl.store(scalars_ptr + 2, tl.minimum(max_norm / (norm + 1e-6), 1.0) * unscale)
+    tl.store(scalars_ptr + 2, tl.minimum(fp32(max_norm) / (norm + 1e-6), 1.0) * unscale)
     tl.store(scalars_ptr + 3, lr)
     tl.store(scalars_ptr + 4, (lr / correction1).to(tl.float32))
     tl.store(scalars_ptr + 5, tl.sqrt(correction2).to(tl.float32))
@@ -188,6 +190,8 @@ def _update_kernel(
         v = tl.load(state2_ptr + offsets, mask=mask, other=0.0)
     if weight_decay_ptr is not None:
         weight_decay = tl.load(weight_decay_ptr + blocks, mask=block_mask, other=0.0)[:, None]
+    else:
+        weight_decay = fp32(weight_decay)
     found_inf = tl.load(scalars_ptr + 1)  # in the order of `_conclude`
     factor, lr = tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
     step_size, root_correction2 = tl.load(scalars_ptr + 4), tl.load(scalars_ptr + 5)

@@ -31,7 +31,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastkit.kernels import rms_norm
-from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, on_triton, tl, triton
+from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, fp32, on_triton, tl, triton
 
 
 def cost(M: int, N: int, dtype=torch.bfloat16, weight_grad: bool = False) -> tuple[Cost, Cost]:
@@ -75,7 +75,7 @@ def _forward_kernel(
         far_cols = (block + step) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
         far_h = _add(x_rows, residual_rows, far_cols, in_rows[:, None] & (far_cols < N)[None, :]).to(tl.float32)
         sum_sq += tl.sum(far_h * far_h, axis=1)
-    rstd = tl.rsqrt(sum_sq / N + eps)
+    rstd = tl.rsqrt(sum_sq / N + fp32(eps))
     tl.store(rstd_ptr + rows, rstd, mask=in_rows & (block == 0))  # one writer a row
 
     weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N]

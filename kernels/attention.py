@@ -203,7 +203,7 @@ def attention(
     Differentiable once, deterministic. Raises TypeError for another dtype or two different ones, ValueError for shapes
     or options that do not match, NotImplementedError for a device without kernels. CPU tensors take `reference` (see
     `on_triton`). On a GPU float32, and anything where Triton has no use of the tensor cores (NVIDIA's before sm_80),
-    takes torch's scaled_dot_product_attention.
+    takes torch's scaled_dot_product_attention, and its order in memory.
     """
     scale = _check("attention", q, k, v, window, causal, scale, "B, H, T, D")
     if not on_triton("attention", "q", q):

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.attention_forward import (
+    LENGTHS,
     LOG2_E,
     SHAPES,
     block_d,
@@ -37,7 +38,7 @@ from fastkit.kernels.attention_forward import (
     takes_tma,
     tiling,
 )
-from fastkit.kernels.common import architecture, device_of, tl, triton
+from fastkit.kernels.common import architecture, device_of, fp32, tl, triton
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _sum_dq(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_dq_kernel(
     q_ptr, k, v, o_ptr, do_ptr, lse_ptr, dq_ptr, delta_ptr, cu_q_ptr, cu_k_ptr,
     H, heads, section_heads, T_q, T_k, window, scale, scale_log2,
@@ -72,6 +73,7 @@ def _backward_dq_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program writes dq and delta of BLOCK_M queries of one head."""
+    scale, scale_log2 = fp32(scale), fp32(scale_log2)
     block, index = place(heads, section_heads, CAUSAL)
     batch, head = index // H, (index % H).to(tl.int64)
     kv_head, row = index % H // GROUP, block * BLOCK_M
@@ -168,7 +170,7 @@ def _sum_dk_dv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_dk_dv_kernel(
     q, k_ptr, v_ptr, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     H_k, heads, section_heads, T_q, T_k, window, scale, scale_log2,
@@ -179,6 +181,7 @@ def _backward_dk_dv_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program writes dk and dv of BLOCK_N keys of one head."""
+    scale, scale_log2 = fp32(scale), fp32(scale_log2)
     block, index = place(heads, section_heads, False)
     batch, kv_head, key = index // H_k, (index % H_k).to(tl.int64), block * BLOCK_N
     k_offset, keys = sequence(cu_k_ptr, batch, T_k, stride_kb, stride_kt, PACKED)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import architecture, device_of, tl, triton
+from fastkit.kernels.common import architecture, device_of, fp32, tl, triton
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,6 +28,7 @@ MAX_D = 256
 MAX_STRIDE = 2**22  # numbers from a row to the next: so a tile's offsets, of up to 256 rows, fit 32 bits, and registers
 LOG2_E = math.log2(math.e)
 TMA_ARCHITECTURES = ("sm_90", "sm_100")
+LENGTHS = ("T_q", "T_k", "window")  # as they vary, code for any; for T = 1 ptxas (CUDA 12.8) crashed
 SHAPES = (("32/8 heads of 128", 32, 8, 128), ("9/3 heads of 64", 9, 3, 64))  # Mistral-7B; SmolLM2-135M
 CACHED_BYTES = 16 * 2**20  # of K and V that programs running at once may want: what the L2 of small cards holds as well
 
@@ -153,7 +154,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
     q_ptr, k, v, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     H, heads, section_heads, T_q, T_k, window, scale_log2,
@@ -163,6 +164,7 @@ def _forward_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program writes o and lse of BLOCK_M queries of one head."""
+    scale_log2 = fp32(scale_log2)
     block, index = place(heads, section_heads, CAUSAL)
     batch, head = index // H, index % H
     q_offset, T_q = sequence(cu_q_ptr, batch, T_q, stride_qb, stride_qt, PACKED)

@@ -22,8 +22,8 @@ except ImportError as error:
         constexpr = object
 
         @staticmethod
-        def jit(kernel):
-            return kernel
+        def jit(kernel=None, **options):
+            return kernel or (lambda kernel: kernel)
 
     triton = tl = _NoTriton
     INTERPRETED = False
@@ -33,6 +33,13 @@ else:
     TRITON_MISSING = ""
     if INTERPRETED and not isinstance(tl.sum, InterpretedFunction):
         raise ImportError("TRITON_INTERPRET=1 was set after Triton had been imported: restart Python and set it first")
+
+
+@triton.jit
+def fp32(number):
+    """A float argument in fp32. A graph of torch.compile passes it in fp64, which spreads to all that it meets."""
+    return tl.full([], number, tl.float32)
+
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -74,7 +81,9 @@ def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
     A graph of torch.compile sets the device itself, and could not be traced through a change of it.
     """
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def check_floats(op: str, **tensors: torch.Tensor) -> None:
@@ -105,11 +114,16 @@ def architecture(device: torch.device) -> str:
     """What Triton compiles for on `device`, such as "sm_90" or "gfx942"; else "interpreter" or "no GPU"."""
     if INTERPRETED:
         return "interpreter"
+    try:
+        return _architecture(triton.runtime.driver.active, device)
+    except RuntimeError:  # Triton found no driver
+        return "no GPU"
+
+
+@functools.cache  # a launch asks, and to ask the driver takes as long as a launch
+def _architecture(driver, device: torch.device) -> str:
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: leave the current device
-        try:
-            target = triton.runtime.driver.active.get_current_target()
-        except RuntimeError:  # Triton found no driver
-            return "no GPU"
+        target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 

@@ -35,7 +35,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, on_triton, sm_count, tl, triton
+from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, fp32, on_triton, sm_count, tl, triton
 
 MAX_BLOCK_N = 8192  # longer blocks run out of registers in the backward
 MAX_N = 8 * MAX_BLOCK_N  # 65,536, longer than any model's rows
@@ -90,7 +90,7 @@ def _forward_kernel(
         far_mask = in_rows[:, None] & (far_cols < N)[None, :]
         far_x = tl.load(x_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
         sum_sq += tl.sum(far_x * far_x, axis=1)
-    rstd = tl.rsqrt(sum_sq / N + eps)
+    rstd = tl.rsqrt(sum_sq / N + fp32(eps))
     tl.store(rstd_ptr + rows, rstd, mask=in_rows & (block == 0))  # one writer a row
 
     weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N]

@@ -78,28 +78,40 @@ def _reduce(x, axis: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _own_numbers(
-    x_ptr, N, dtype: tl.constexpr,
-    KIND: tl.constexpr, IDENTITY: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
-):  # fmt: skip
-    """[LANES]: what each lane makes, in its own registers, of the numbers that it loads, SHARE neighbours at a time."""
-    found = tl.full([LANES], IDENTITY, dtype)
-    for start in range(0, N, SHARE * LANES):
-        cols = start + SHARE * tl.arange(0, LANES)[:, None] + tl.arange(0, SHARE)[None, :]  # [LANES, SHARE]
-        x = tl.load(x_ptr + cols, mask=cols < N, other=IDENTITY).to(dtype)
-        found = _combine(found, _reduce(x, 1, KIND), KIND)
-    return found
-
-
-@triton.jit
 def _rows_kernel(
     x_ptr, y_ptr, N, stride_xm,
     KIND: tl.constexpr, IDENTITY: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """One program reduces one row; Triton chooses how: shuffles in a warp, shared memory between warps."""
+    """One program reduces one row, SHARE neighbours a lane at a time.
+
+    Triton chooses how: in a lane's registers, by shuffles in a warp, through shared memory between warps.
+    """
     row = tl.program_id(0).to(tl.int64)  # row * stride can pass 2**31
-    found = _own_numbers(x_ptr + row * stride_xm, N, y_ptr.dtype.element_ty, KIND, IDENTITY, LANES, SHARE)
+    dtype = y_ptr.dtype.element_ty
+    found = tl.full([LANES], IDENTITY, dtype)
+    for start in range(0, N, SHARE * LANES):
+        cols = start + SHARE * tl.arange(0, LANES)[:, None] + tl.arange(0, SHARE)[None, :]  # [LANES, SHARE]
+        x = tl.load(x_ptr + row * stride_xm + cols, mask=cols < N, other=IDENTITY).to(dtype)
+        found = _combine(found, _reduce(x, 1, KIND), KIND)
     tl.store(y_ptr + row, _reduce(found, 0, KIND))
+
+
+@triton.jit
+def _own_number(
+    x_ptr, N, dtype: tl.constexpr,
+    KIND: tl.constexpr, IDENTITY: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """[LANES]: what each lane makes, in its own registers, of every LANES-th number; SHARE loads are under way at once.
+
+    128-bit loads would be a tile [LANES, SHARE], and a row that is not aligned is dealt out one number a lane: then the
+    sum over SHARE is itself made by shuffles, and lanes end with numbers that are not theirs alone.
+    """
+    found = tl.full([LANES], IDENTITY, dtype)
+    for start in range(0, N, SHARE * LANES):
+        for step in tl.static_range(SHARE):
+            cols = start + step * LANES + tl.arange(0, LANES)
+            found = _combine(found, tl.load(x_ptr + cols, mask=cols < N, other=IDENTITY).to(dtype), KIND)
+    return found
 
 
 @triton.jit
@@ -109,7 +121,7 @@ def _shuffles_kernel(
 ):  # fmt: skip
     """One warp reduces one row, its lanes by the butterfly."""
     row = tl.program_id(0).to(tl.int64)
-    found = _own_numbers(x_ptr + row * stride_xm, N, y_ptr.dtype.element_ty, KIND, IDENTITY, LANES, SHARE)  # one a lane
+    found = _own_number(x_ptr + row * stride_xm, N, y_ptr.dtype.element_ty, KIND, IDENTITY, LANES, SHARE)  # one a lane
     for step in tl.static_range(5):
         theirs = tl.inline_asm_elementwise(
             "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r",
@@ -127,7 +139,7 @@ def _redux_kernel(
 ):  # fmt: skip
     """One warp reduces one row of int32, its lanes by one instruction."""
     row = tl.program_id(0).to(tl.int64)
-    found = _own_numbers(x_ptr + row * stride_xm, N, y_ptr.dtype.element_ty, KIND, IDENTITY, LANES, SHARE)
+    found = _own_number(x_ptr + row * stride_xm, N, y_ptr.dtype.element_ty, KIND, IDENTITY, LANES, SHARE)
     found = tl.inline_asm_elementwise(REDUX, "=r,r", [found], tl.int32, is_pure=False, pack=1)
     lanes = tl.arange(0, LANES)
     tl.store(y_ptr + row + 0 * lanes, found, mask=lanes == 0)

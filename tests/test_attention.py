@@ -225,7 +225,8 @@ def test_layouts(layout, dtype, device):
     change = LAYOUTS[layout]
     found = run(attention, *map(change, (q, k, v, do)))
     assert_same(found, expected)
-    if layout == "rows of heads" and module.on_triton("attention", "q", q):
+    ours = module.on_triton("attention", "q", q) and not module.lacking(module.architecture(q.device), dtype)
+    if layout == "rows of heads" and ours:
         assert all(x.transpose(1, 2).is_contiguous() for x in found[:1])
 
 

@@ -57,7 +57,9 @@ def test_every_candidate_is_right(window, device):
     q, k, v = inputs(device=device, dtype=torch.float16)
     found = choose(q, k, v, True, window)
     assert found in module.candidates(q, k, True, window)
+    truth = reference(q.double(), k.double(), v.double(), True, window)
     for name in module.candidates(q, k, True, window):
         if module._time(name, q, k, v, True, window, None, runs=0) is not None:
-            torch.testing.assert_close(attend_by(name, q, k, v, True, window), reference(q, k, v, True, window))
+            error = (attend_by(name, q, k, v, True, window).double() - truth).abs().max()
+            assert error <= 1e-3 * truth.abs().max(), name
     assert choose(q, k, v, True, window, force="ours") == "ours"

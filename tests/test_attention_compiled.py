@@ -38,6 +38,7 @@ def launches(arch, D=128, window=None, packed=False, H=4, H_k=2, T=256):
         ("sm_89", 128, {"packed": True}),
         ("sm_89", 256, {}),
         ("sm_90", 128, {}),
+        ("sm_90", 16, {"T": 1}),
         ("sm_90", 128, {"packed": True}),
         ("sm_90", 128, {"window": 64}),
         ("sm_90", 256, {}),

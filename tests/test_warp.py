@@ -163,7 +163,9 @@ def test_a_row_is_summed_by_five_shuffles(launcher, arch):
     made = compiled(arch, launcher, *tensors(), "sum")
     assert made.code.count("shfl.sync.bfly.b32") == made.instructions["shfl"] == 5
     assert made.shared_bytes == 0 and made.instructions["bar.sync"] == 0 and made.spilled_bytes == 0
-    assert made.instructions["ld.global.128"] == 1 and made.instructions["st.global.32"] == 1
+    wide = launcher is module.launch_rows  # by hand a lane loads number by number, eight under way
+    assert made.instructions["ld.global.128" if wide else "ld.global.16"] == (1 if wide else 8)
+    assert made.instructions["st.global.32"] == 1
 
 
 @pytest.mark.parametrize("num_warps", [2, 8])
@@ -181,7 +183,9 @@ def test_warps_meet_in_shared_memory(num_warps):
 
 BY_HAND = {  # launcher: (arguments, assembly, how often it stands there)
     "launch_shuffles": ((*tensors(), "max"), "shfl.sync.bfly.b32", 5),
+    "launch_shuffles of odd rows": ((*tensors(N=1001), "sum"), "shfl.sync.bfly.b32", 5),
     "launch_redux": ((*tensors(torch.int32), "sum"), "redux.sync.add.s32", 1),
+    "launch_redux of odd rows": ((*tensors(torch.int32, 33), "min"), "redux.sync.min.s32", 1),
     "launch_broadcast": ((torch.empty(8, 32), torch.empty(8, 32)), "shfl.sync.idx.b32", 1),
     "launch_match": ((torch.empty(8, 32), torch.empty(8, dtype=torch.bool)), "match.all.sync.b32", 1),
 }
@@ -192,7 +196,7 @@ BY_HAND = {  # launcher: (arguments, assembly, how often it stands there)
 def test_each_lane_holds_one_element(name, arch):
     """The assembly's tile is [32], one register a lane, lane i element i: so it runs once, in all lanes together."""
     arguments, assembly, count = BY_HAND[name]
-    made = compiled(arch, getattr(module, name), *arguments)
+    made = compiled(arch, getattr(module, name.split()[0]), *arguments)
     uses = [line for line in made.ttgir.splitlines() if "elementwise_inline_asm" in line and assembly in line]
     assert len(uses) == made.code.count(assembly) == count and made.num_warps == 1
     for line in uses:
@@ -200,8 +204,7 @@ def test_each_lane_holds_one_element(name, arch):
         definition = re.search(rf"^{re.search('#blocked[0-9]*', layout)[0]} = (.*)$", made.ttgir, re.MULTILINE)[1]
         spread = [list(map(int, numbers.split(","))) for numbers in re.findall(r"= \[([\d, ]+)\]", definition)[:3]]
         assert [numbers[0] for numbers in spread] == [1, 32, 1], f"elements a lane, lanes, warps: {definition}"
-        if "slice" in layout:  # what is left of [32, SHARE] when each lane has reduced its share
-            assert "dim = 1" in layout and [numbers[1] for numbers in spread[1:]] == [1, 1], definition
+        assert "slice" not in layout
         assert "pure = false" in line
 
 
@@ -235,7 +238,7 @@ def test_by_hand_nothing_runs_in_the_interpreter():
         pytest.skip("here is a GPU")
     for name, (arguments, _, _) in BY_HAND.items():
         with pytest.raises(NotImplementedError, match=r"is PTX and this is interpreter: use "):
-            getattr(module, name)(*arguments)
+            getattr(module, name.split()[0])(*arguments)
 
 
 DYNAMO = """

@@ -7,6 +7,7 @@ each element lies. The two are joined by the place in the source that both speak
 import hashlib
 import inspect
 import itertools
+import math
 import random
 import sys
 from dataclasses import dataclass, field
@@ -62,14 +63,15 @@ class Traced:
     unplanned: list[tuple[str, Place]]  # accesses that compiled code does not make
 
 
-def trace_parcel(parcel: Parcel, plans: list[Plan], limit: int, seed: int) -> Traced:
-    """Run up to `limit` programs of the parcel's launch in the interpreter and count what `plans` make of them."""
+def trace_parcel(parcel: Parcel, plans: list[Plan], limit: int | None, seed: int) -> Traced:
+    """Run up to `limit` programs of the parcel's launch, or all, in the interpreter and count what `plans` make of them."""
     kernel, arguments, ranges = parcel.unpack()
     if type(kernel).__name__ == "GluonJITFunction":
         kernel = interpreted(kernel)
     total = int(np.prod(parcel.grid))
-    recorder = _Recorder(plans, ranges, total <= limit)
-    ran = _run(kernel, arguments, parcel.grid, sample(parcel.grid, limit, seed), recorder)
+    recorder = _Recorder(plans, ranges, limit is None or total <= limit)
+    programs = sample(parcel.grid, total if limit is None else limit, seed)
+    ran = _run(kernel, arguments, parcel.grid, programs, recorder, math.inf if limit is None else BUDGET)
     return recorder.traced(sorted(ran, key=lambda program: program[::-1]), len(ran) == total)
 
 
@@ -86,7 +88,7 @@ def sample(grid: tuple[int, int, int], limit: int, seed: int) -> list[tuple[int,
     return [(n % grid[0], n // grid[0] % grid[1], n // (grid[0] * grid[1])) for n in numbers]
 
 
-def _run(kernel, arguments, grid, programs, recorder) -> list[tuple[int, int, int]]:
+def _run(kernel, arguments, grid, programs, recorder, budget: float) -> list[tuple[int, int, int]]:
     """What Triton's GridExecutor does, for some programs, recording their accesses; returns the programs that ran."""
     from triton.runtime import interpreter
 
@@ -104,27 +106,32 @@ def _run(kernel, arguments, grid, programs, recorder) -> list[tuple[int, int, in
     def no_dot(self, a, b, d, *rest, **named):  # addresses do not hang on products, which take most of the time
         return d.clone()
 
+    def patch_tensor(tensor, scope):
+        known(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))  # for 3.6 with numpy >= 2.4
+
+    known = interpreter._patch_lang_tensor
     fn = kernel.rewrite()
     constants = {name for name, kind in inspect.get_annotations(fn).items() if "constexpr" in str(kind)}
-    scope = interpreter._patch_lang(fn)
     patches = {"create_masked_load": recorded_load, "create_masked_store": recorded_store, "create_dot": no_dot}
-    try:
-        with mock.patch.multiple(cls, **patches):
+    with mock.patch.multiple(cls, **patches), mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor):
+        scope = interpreter._patch_lang(fn)
+        try:
             bound = inspect.getcallargs(fn, **arguments)
             bound = {
                 name: value if name in constants else interpreter._implicit_cvt(value) for name, value in bound.items()
             }
             builder.set_grid_dim(*grid)
             for done, program in enumerate(programs):
-                if done >= FEWEST and recorder.executions > BUDGET * len(programs):
+                if done >= FEWEST and recorder.executions > budget * len(programs):
                     return programs[:done]
                 builder.set_grid_idx(*program)
                 recorder.program = program
                 fn(**bound)
                 recorder.end_program()
             return programs
-    finally:
-        scope.restore()
+        finally:
+            scope.restore()
 
 
 class _Recorder:
@@ -241,12 +248,13 @@ class _Recorder:
         found.executions += 1
         if owner < 0:
             return
+        whole = self.plans[number].layout is None and self.plans[number].kind == "load"  # TMA's box, with zeros beyond
         low = int(addresses[active].min())
         base = low - low % LINE
-        pattern = np.where(active, addresses - base, -1)
-        key = number, hashlib.blake2b(pattern.tobytes(), digest_size=16).digest()
+        pattern = np.where(active | whole, addresses - base, -1)
+        key = number, hashlib.blake2b(pattern.tobytes() + active.tobytes(), digest_size=16).digest()
         if key not in self.known:  # where a line begins is all that matters of the base, so most tiles cost the same
-            self.known[key] = self.requested(number, pattern.reshape(-1), size)
+            self.known[key] = self.requested(number, pattern.reshape(-1), active.reshape(-1), size)
         moved, first = self.known[key]
         found.traffic += moved
         start = int(self.starts[owner])
@@ -258,17 +266,20 @@ class _Recorder:
         if len(found.walk) < WALK:
             found.walk.append((program, low - start))
 
-    def requested(self, number, offsets, size) -> tuple[Traffic, np.ndarray]:
+    def requested(self, number, offsets, active, size) -> tuple[Traffic, np.ndarray]:
         """The traffic of one execution, and the first request's offsets by lane; -1 in both for what takes no part."""
         plan, requests = self.plans[number], self.requests[number]
-        if requests is None:
-            lanes, width = offsets[None], size
+        if requests is None:  # row by row, as TMA copies
+            lanes, width = offsets.reshape(-1, plan.shape[-1]), size
             taken = lanes >= 0
         else:
             lanes, width = offsets[requests.elements], size * plan.vector
             taken = (lanes >= 0) & requests.active
         first = int(np.argmax(taken.any(axis=1)))
-        return traffic(lanes, width, taken), np.where(taken[first], lanes[first], -1)
+        moved = traffic(lanes, width, taken)
+        if requests is None:
+            moved.bytes_asked = size * int(active.sum())
+        return moved, np.where(taken[first], lanes[first], -1)
 
     def traced(self, programs, whole) -> Traced:
         for group in list(self.pending):  # other numbers of accesses on a line: only an unmistakable shape settles it

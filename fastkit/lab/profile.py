@@ -19,7 +19,8 @@ from fastkit.errors import FastkitError
 SECTOR = 32  # bytes
 
 # Our name: [(Nsight Compute's metric, factor)], several where versions or cards differ: the first that is there counts.
-# "requests" are instructions of a warp, "wavefronts" the turns that the memory takes for them.
+# "requests" are instructions of a warp, "wavefronts" the turns that the memory takes for them. On an H100 the counters
+# of global loads count cp.async too.
 METRICS = {
     "duration_us": [("gpu__time_duration.sum", 1e-3)],
     "load_requests": [("l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum", 1)],
@@ -28,8 +29,6 @@ METRICS = {
     "store_requests": [("l1tex__t_requests_pipe_lsu_mem_global_op_st.sum", 1)],
     "store_sectors_per_request": [("l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio", 1)],
     "store_bytes_moved": [("l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum", SECTOR)],
-    "async_requests": [("l1tex__t_requests_pipe_lsu_mem_global_op_ldgsts.sum", 1)],
-    "async_bytes_moved": [("l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts.sum", SECTOR)],
     "tma_load_bytes_moved": [("l1tex__m_xbar2l1tex_read_sectors_mem_global_op_tma_ld.sum", SECTOR)],
     "tma_store_bytes_moved": [("l1tex__m_l1tex2xbar_write_sectors_mem_global_op_tma_st.sum", SECTOR)],
     "dram_read_bytes": [("dram__bytes_read.sum", 1), ("dram__bytes_op_read.sum", 1)],
@@ -117,38 +116,32 @@ def beside(trace, row: dict) -> list[dict]:
     A counter that no access of the trace feeds is left out; so is a prediction that is unknown.
     """
     rows = []
-    for name, (kind, instruction) in _MADE_BY.items():
-        if any(access.instruction == instruction for access in trace.of(kind)):
-            if not instruction.startswith("TMA"):
-                requests = trace.requests(kind, instruction)
-                sectors = trace.sectors_per_request(kind, instruction)
-                rows.append((f"{name}_requests", requests, row.get(f"{name}_requests")))
-                rows.append((f"{name}_sectors_per_request", sectors, _sectors_per_request(row, name)))
-            rows.append((f"{name}_bytes_moved", trace.bytes_moved(kind, instruction), row.get(f"{name}_bytes_moved")))
     for kind in ("load", "store"):
-        wavefronts, requests = row.get(f"shared_{kind}_wavefronts"), row.get(f"shared_{kind}_requests")
+        if trace.of(kind, tma=False):
+            rows.append((f"{kind}_requests", trace.requests(kind), row.get(f"{kind}_requests")))
+            sectors = trace.sectors_per_request(kind)
+            rows.append((f"{kind}_sectors_per_request", sectors, _sectors_per_request(row, kind)))
+            rows.append((f"{kind}_bytes_moved", trace.bytes_moved(kind, tma=False), row.get(f"{kind}_bytes_moved")))
+        if trace.of(kind, tma=True):
+            name = f"tma_{kind}_bytes_moved"
+            rows.append((name, trace.bytes_moved(kind, tma=True), row.get(name)))
         if any(access.kind == kind for access in trace.shared):
-            measured = wavefronts / requests if requests and wavefronts is not None else None
-            rows.append((f"shared_{kind}_wavefronts_per_request", trace.wavefronts_per_request(kind), measured))
+            rows.append((f"shared_{kind}_conflict_degree", trace.conflict_degree(kind), _conflict_degree(row, kind)))
     rows += [(name, getattr(trace, name), row.get(name)) for name in ("registers", "occupancy")]
     return [{"what": what, "predicted": p, "measured": m} for what, p, m in rows if p is not None]
 
 
-# The counters' prefix, and what feeds them
-_MADE_BY = {
-    "load": ("load", "ld.global"),
-    "async": ("load", "cp.async"),
-    "tma_load": ("load", "TMA load"),
-    "store": ("store", "st.global"),
-    "tma_store": ("store", "TMA store"),
-}
+def _sectors_per_request(row: dict, kind: str) -> float | None:
+    moved, requests = row.get(f"{kind}_bytes_moved"), row.get(f"{kind}_requests")
+    if requests and moved is not None:
+        return moved / SECTOR / requests
+    return row.get(f"{kind}_sectors_per_request")  # ncu's own ratio has two decimals
 
 
-def _sectors_per_request(row: dict, name: str) -> float | None:
-    if row.get(f"{name}_sectors_per_request") is not None:
-        return row[f"{name}_sectors_per_request"]
-    moved, requests = row.get(f"{name}_bytes_moved"), row.get(f"{name}_requests")
-    return moved / SECTOR / requests if requests and moved is not None else None
+def _conflict_degree(row: dict, kind: str) -> float | None:
+    """Turns of the banks for each that would do; the count of conflicts is that of the turns beyond."""
+    turns, conflicts = row.get(f"shared_{kind}_wavefronts"), row.get(f"shared_{kind}_conflicts")
+    return turns / (turns - conflicts) if turns and conflicts is not None else None
 
 
 def find_ncu() -> str:

@@ -46,7 +46,8 @@ class Access:
     instruction     "ld.global", "cp.async", "TMA load", "st.global", "TMA store"; "" if the compiler left it out
     vector_bits     bits that one lane moves with one instruction
     requests        instructions of a warp that had an active lane (none for TMA: its engine asks, no lane does)
-    sectors, lines  of 32 and 128 bytes, touched by each request, summed
+    sectors, lines  of 32 and 128 bytes, touched by each request, summed; for a TMA load those of each row of the box,
+                    whole, since an H100's counters count what lies beyond the tensor and arrives as zeros
     bytes_asked     bytes that the requests want, counted once a request
     lanes           int64 [32]: the byte offset in the argument that each lane asks for first, -1 if inactive
     tile            int64, as the tile: byte offsets of its elements in the first execution, -1 where masked
@@ -137,32 +138,28 @@ class Trace:
             for access in self.accesses
         ]
 
-    def of(self, kind: str, instruction: str = "") -> list[Access]:
-        """The accesses of a kind, "load" or "store"; those of an instruction such as "cp.async" if it is named."""
-        return [a for a in self.accesses if a.kind == kind and instruction in ("", a.instruction)]
+    def of(self, kind: str, tma: bool | None = None) -> list[Access]:
+        """The accesses of a kind, "load" or "store"; those that TMA makes, or those that lanes make, if `tma` says."""
+        return [a for a in self.accesses if a.kind == kind and tma in (None, a.instruction.startswith("TMA"))]
 
-    def requests(self, kind: str, instruction: str = "") -> float | None:
-        """Requests of all loads, or all stores, that lanes make (TMA left out); None if one is unknown."""
-        return _sum(access.requests for access in self._by_lanes(kind, instruction))
+    def requests(self, kind: str) -> float | None:
+        """Requests of all loads, or all stores, that lanes make; None if one is unknown."""
+        return _sum(access.requests for access in self.of(kind, tma=False))
 
-    def sectors_per_request(self, kind: str, instruction: str = "") -> float | None:
+    def sectors_per_request(self, kind: str) -> float | None:
         """Sectors by requests over all loads, or all stores, that lanes make; None if one is unknown."""
-        requests = self.requests(kind, instruction)
-        sectors = _sum(access.sectors for access in self._by_lanes(kind, instruction))
+        requests, sectors = self.requests(kind), _sum(access.sectors for access in self.of(kind, tma=False))
         return sectors / requests if requests else None
 
-    def bytes_moved(self, kind: str, instruction: str = "") -> float | None:
-        """Bytes of all sectors that loads, or stores, touch; None if one is unknown."""
-        return _sum(access.bytes_moved for access in self.of(kind, instruction))
+    def bytes_moved(self, kind: str, tma: bool | None = None) -> float | None:
+        """Bytes of all sectors that loads, or stores, touch, of `of`; None if one is unknown."""
+        return _sum(access.bytes_moved for access in self.of(kind, tma))
 
-    def wavefronts_per_request(self, kind: str) -> float | None:
-        """Turns of the banks by requests over all loads, or all stores, of shared memory; None if one is unknown."""
+    def conflict_degree(self, kind: str) -> float | None:
+        """Turns of the banks for each that would do, over all loads, or all stores, of shared memory; None if unknown."""
         accesses = [access for access in self.shared if access.kind == kind]
-        requests = _sum(access.requests for access in accesses)
-        return _sum(access.wavefronts for access in accesses) / requests if requests else None
-
-    def _by_lanes(self, kind: str, instruction: str) -> list[Access]:
-        return [access for access in self.of(kind, instruction) if not access.instruction.startswith("TMA")]
+        least = _sum(access.least for access in accesses)
+        return _sum(access.wavefronts for access in accesses) / least if least else None
 
     @property
     def conflicts(self) -> int | None:
@@ -181,7 +178,7 @@ def _sum(values) -> float | None:
     return None if None in values else sum(values)
 
 
-def trace(kernel, grid, args, arch: str = "sm_90", programs: int = PROGRAMS, seed: int = 0, **named) -> Trace:
+def trace(kernel, grid, args, arch: str = "sm_90", programs: int | None = PROGRAMS, seed: int = 0, **named) -> Trace:
     """Trace `kernel[grid](*args, **named)`, which is not run; tensors stay as they are.
 
     kernel    a function decorated with triton.jit or gluon.jit
@@ -189,7 +186,7 @@ def trace(kernel, grid, args, arch: str = "sm_90", programs: int = PROGRAMS, see
     args      the arguments in order, or a dict of them by name; tensors on any device, "meta" included
     arch      "sm_75" to "sm_120"
     programs  trace at most so many (fewer of long ones), drawn evenly over the grid with `seed`; the rest are taken to
-              be like them
+              be like them. None: all of them, whatever that takes
     named     constants and options: BLOCK=1024, num_warps=8
 
     Raises FastkitError for what cannot be launched or compiled, or reaches outside its tensors.
@@ -198,13 +195,13 @@ def trace(kernel, grid, args, arch: str = "sm_90", programs: int = PROGRAMS, see
 
 
 def trace_launches(
-    function: Callable[[], object], arch: str = "sm_90", programs: int = PROGRAMS, seed: int = 0
+    function: Callable[[], object], arch: str = "sm_90", programs: int | None = PROGRAMS, seed: int = 0
 ) -> list[Trace]:
     """Trace the launches that `function()` makes, in order; none of them runs. Everything else is as in `trace`."""
     return [_trace(one, arch, programs, seed) for one in catch(function)]
 
 
-def _trace(one: Launch, arch: str, limit: int, seed: int) -> Trace:
+def _trace(one: Launch, arch: str, limit: int | None, seed: int) -> Trace:
     if not arch.startswith("sm_"):
         raise FastkitError(f"cannot trace for {arch}: sectors and banks are those of NVIDIA GPUs, such as sm_89")
     INTERPRETER.start()
