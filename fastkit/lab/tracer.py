@@ -156,7 +156,7 @@ class Trace:
         return _sum(access.bytes_moved for access in self.of(kind, tma))
 
     def conflict_degree(self, kind: str) -> float | None:
-        """Turns of the banks for each that would do, over all loads, or all stores, of shared memory; None if unknown."""
+        """Turns of the banks for each that would do, over all loads, or stores, of shared memory; None if unknown."""
         accesses = [access for access in self.shared if access.kind == kind]
         least = _sum(access.least for access in accesses)
         return _sum(access.wavefronts for access in accesses) / least if least else None
