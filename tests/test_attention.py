@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from attention_case import assert_same, check, eager, inputs, run
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tolerance import SLACK, assert_as_close_as_torch
 
 from fastkit.kernels import attention as module
 from fastkit.kernels import attention_backward, attention_forward
@@ -17,68 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned", "fresh_seed"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),  # the interpreter's numpy, under a mask
 ]
-
-
-def run(attend, q, k, v, do, *options):
-    """(o, dq, dk, dv) of one forward and backward through `attend`."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = attend(q, k, v, *options)
-    o.backward(do)
-    return o, q.grad, k.grad, v.grad
-
-
-def eager(q, k, v, causal=True, window=None, scale=None):
-    """Attention in torch's separate operations, in the inputs' dtype, as Hugging Face's eager one."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    seen = module.seen_pairs(q.shape[2], k.shape[2], causal, window, q.device)
-    if seen is not None:
-        s = s.masked_fill(~seen & seen.any(1, keepdim=True), -math.inf)
-    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
-    return p @ v if seen is None else p * seen.any(1, keepdim=True) @ v
-
-
-def check(attend, q, k, v, *options):
-    """Assert that o, dq, dk and dv of `attend` are as close to the truth as those of torch.
-
-    In ds = p (dp - delta) terms cancel: their size is given. To it comes what every flash attention rounds and eager
-    torch does not or not there, p and the o that delta = do · o starts from, as the size of sums of random errors.
-    """
-    do = torch.randn(q.shape, device=q.device).to(q.dtype)
-    ours, theirs = run(attend, q, k, v, do, *options), run(eager, q, k, v, do, *options)
-    rounding = torch.finfo(q.dtype).eps / 2 / SLACK
-    q, k, v, do = (x.double() for x in (q, k, v, do))
-    truth = run(eager, q, k, v, do, *options)
-    group, scale = q.shape[1] // k.shape[1], (*options, None, None, None)[2] or q.shape[-1] ** -0.5
-    p = eager(q, k, torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1), *options)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    ds = do.norm(dim=-1, keepdim=True) * v.abs().max() + rounding * (do * truth[0]).norm(dim=-1, keepdim=True)
-    scales = (
-        truth[0].abs() + rounding * (p**2 @ v**2).sqrt(),
-        scale * ds * (p @ k.abs()),
-        scale * ((ds * p).mT @ q.abs()).unflatten(1, (-1, group)).sum(2),
-        (p.mT @ do.abs() + rounding * (p**2).mT.matmul(do**2).sqrt()).unflatten(1, (-1, group)).sum(2),
-    )
-    for results in zip(ours, theirs, truth, ("o", "dq", "dk", "dv"), scales, strict=True):
-        assert_as_close_as_torch(*results)
-
-
-def assert_same(ours, theirs):
-    """The same bits in the interpreter; on a GPU other layouts may take other tiles, which sum in another order."""
-    for a, b in zip(ours, theirs, strict=True):
-        if INTERPRETED:
-            assert torch.equal(a, b)
-        elif b.numel():
-            size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-            torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(b.dtype).eps * size, equal_nan=True)
-
-
-def inputs(B, H, H_k, T_q, T_k, D, dtype, device):
-    """q, k and v whose scores spread as a trained model's do, by some units."""
-    shapes = (B, H, T_q, D), (B, H_k, T_k, D), (B, H_k, T_k, D)
-    q, k, v = (torch.randn(shape, device=device) for shape in shapes)
-    return (2 * q).to(dtype), (2 * k).to(dtype), v.to(dtype)
 
 
 SHAPES = [
@@ -161,44 +99,6 @@ def test_scores_past_the_range_of_exp(device):
     results = run(attention, q, k, v, torch.ones_like(q))
     assert all(x.isfinite().all() for x in results)
     torch.testing.assert_close(results[0].double(), eager(q.double(), k.double(), v.double()), rtol=2e-3, atol=2e-3)
-
-
-def packed(lengths_q, lengths_k, H, H_k, D, dtype, device):
-    """(q, k, v, cu_q, cu_k) of sequences end to end."""
-    q, k, v = inputs(1, H, H_k, sum(lengths_q), sum(lengths_k), D, dtype, device)
-    cu = [torch.tensor([0, *lengths], device=device).cumsum(0).int() for lengths in (lengths_q, lengths_k)]
-    return *(x[0].transpose(0, 1).contiguous() for x in (q, k, v)), *cu
-
-
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize(
-    ("lengths_q", "lengths_k"), [((5, 40, 1), (5, 40, 1)), ((0, 37, 3), (2, 50, 1)), ((12,), (40,))], ids=str
-)
-def test_packed_sequences_are_attended_one_by_one(lengths_q, lengths_k, window, dtype, device):
-    q, k, v, cu_q, cu_k = packed(lengths_q, lengths_k, 2, 1, 16, dtype, device)
-    do = torch.randn_like(q)
-
-    def together(q, k, v):
-        return attention_varlen(q, k, v, cu_q, max(lengths_q), True, window, None, cu_k, max(lengths_k))
-
-    def one_by_one(q, k, v):
-        return torch.cat([
-            attention(*(x.transpose(0, 1)[None] for x in parts), True, window)[0].transpose(0, 1)
-            for parts in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-        ])  # fmt: skip
-
-    assert_same(run(together, q, k, v, do), run(one_by_one, q, k, v, do))
-
-
-def test_packed_sequences_do_not_leak(dtype, device):
-    lengths = (20, 30, 7)
-    q, k, v, cu, _ = packed(lengths, lengths, 2, 2, 8, dtype, device)
-    clean = run(lambda *x: attention_varlen(*x, cu, 30), q, k, v, torch.ones_like(q))
-    for x in (q, k, v):
-        x[20:50] = math.nan
-    leaky = run(lambda *x: attention_varlen(*x, cu, 30), q, k, v, torch.ones_like(q))
-    for part in (slice(0, 20), slice(50, None)):
-        assert_same([x[part] for x in leaky], [x[part] for x in clean])
 
 
 def fused(x):
@@ -347,13 +247,6 @@ def test_clear_errors(wrong, message):
     assert str(caught.value).startswith(("attention: ", "attention_varlen: ")) and "\n" not in str(caught.value)
 
 
-def test_cu_seqlens_that_do_not_cover_the_batch():
-    q, k, v = (x[0].transpose(0, 1) for x in inputs(1, 2, 2, 6, 6, 8, torch.bfloat16, "cpu"))
-    for ends in ([0, 4], [1, 6], [0, 5, 4, 6], [0, 7]):
-        with pytest.raises(ValueError, match="must grow from 0 to the total, 6"):
-            attention_varlen(q, k, v, torch.tensor(ends).int(), 6)
-
-
 def _without_delta(q, k, v):
     """The softmax's denominator taken for a constant."""
     s = q.float() @ k.float().mT * q.shape[-1] ** -0.5
@@ -388,21 +281,6 @@ def test_cost():
     for T_q, T_k, window in ((8, 8, None), (3, 8, None), (8, 3, None), (8, 8, 2), (8, 3, 2)):
         pairs = int(module.seen_pairs(T_q, T_k, True, window).sum())
         assert module.cost(1, 1, 1, T_q, T_k, 1, causal=True, window=window)[0].flops == 4 * pairs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("D", "window"), [(64, None), (96, 300), (128, None), (128, 500), (256, None)])
-def test_close_to_the_truth_at_the_library_s_own_tiles(D, window, dtype, device):
-    check(attention, *inputs(1, 4, 2, 777, 777, D, dtype, device), True, window)
-    lengths = (300, 5, 472)
-    q, k, v, cu, _ = packed(lengths, lengths, 4, 2, D, dtype, device)
-    o = attention_varlen(q, k, v, cu, 472, True, window)
-    parts = [
-        attention(*(x.transpose(0, 1)[None] for x in part), True, window)[0].transpose(0, 1)
-        for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    ]
-    assert_same([o], [torch.cat(parts)])
 
 
 @pytest.mark.gpu
