@@ -175,11 +175,11 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from fastkit.lab.bench import run
-    from fastkit.lab.bench_cases import CASES
+    from fastkit.lab.bench import groups, run
 
     names, flags = _names_first(argv)
-    config = _parse(BenchConfig, "bench", flags, f"fastkit bench [{' '.join(CASES)}] [--record NAME] [--json]")
+    known = [name for group, members in groups().items() for name in (group, *members)]
+    config = _parse(BenchConfig, "bench", flags, f"fastkit bench [{' '.join(known)}] [--record NAME] [--json]")
     return run(names, record_as=config.record, as_json=config.json)
 
 

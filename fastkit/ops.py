@@ -4,10 +4,11 @@ from fastkit.kernels.adamw import adamw
 from fastkit.kernels.add_rms_norm import add_rms_norm
 from fastkit.kernels.attention import attention, attention_varlen
 from fastkit.kernels.cross_entropy import cross_entropy
+from fastkit.kernels.fp8_scale import weight_bounds
 from fastkit.kernels.geglu import geglu
 from fastkit.kernels.linear_cross_entropy import linear_cross_entropy
 from fastkit.kernels.lora import lora_gradients
-from fastkit.kernels.merged_dequantize import merged_dequantize, merged_dequantize_fp8, weight_bounds
+from fastkit.kernels.merged_dequantize import merged_dequantize, merged_dequantize_fp8
 from fastkit.kernels.nf4 import NF4Weight, dequantize_nf4
 from fastkit.kernels.nf4_matvec import nf4_matvec
 from fastkit.kernels.nf4_quantize import quantize_nf4

@@ -14,19 +14,13 @@ The other outputs that a step needs, from the same pass:
     transposed  W.T [K, N]
     FP8         round(W[i, j] / scale[i]) in e4m3 and scale [N], fp32, for a product with a scale a row
 
-e4m3 ends at 448 and has 3 bits of mantissa at any size, so a scale must keep its row in range but need not be tight. To
-find a row's largest number would take a pass of its own. We take an upper bound: |CODE| <= 1 and so
+`kernels/fp8_scale.py` finds the scales, without a pass over W.
 
-    |W[i, j]|  <=  bound[i]  =  max of absmax over row i  +  |scaling| * sum_r |B[i, r]| * max_j |A[r, j]|
-    scale[i]    =  bound[i] / 448
-
-The first term never changes (`weight_bounds`, once a weight), the second is made of what the pass has at hand. For W.T
-the same holds with rows and columns, A and B exchanged.
-
-Casts: the dequantized number, its sum with the delta and the product with scaling are fp32, and W is rounded once, when
-it is stored. B @ A is accumulated in fp32: 16-bit adapters are multiplied as they are, exactly; fp32 ones on tensor
-cores too, each as three products of TF32 parts, which lose less than 2**-21. With B = 0, W is bit by bit what
-`dequantize_nf4` gives.
+Casts: the dequantized number, its sum with the delta and the product with scaling are fp32, and W is rounded once,
+when it is stored. B @ A is accumulated in fp32: 16-bit adapters are multiplied as they are, exactly. fp32 ones go as
+sums of two numbers, in three products: of W's dtype if that has 16 bits (bfloat16 for FP8), which loses less than
+2**-15 of a product (and 2**-25 of a factor, in float16); of TF32 for an fp32 W, less than 2**-21. With B = 0, W is
+bit by bit what `dequantize_nf4` gives.
 """
 
 import functools
@@ -35,20 +29,21 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, tl, triton
+from fastkit.kernels.fp8_scale import FP8, launch_scale, reference_fp8
 from fastkit.kernels.nf4 import (
     NF4Weight,
     code_values,
     dequantize_nf4,
     empty_nf4,
     kernel_arguments,
-    reference_absmax,
+    spread,
     stored_bytes,
     word_absmax,
+    words_sharing,
 )
+from fastkit.kernels.nf4 import launch as dequantize
 from fastkit.kernels.nf4 import reference as dequantized
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 MAX_RANK = 256
 
 
@@ -68,85 +63,76 @@ def reference(weight: NF4Weight, A, B, scaling: float, dtype: torch.dtype | None
     return (w if A is None else w + scaling * (B.to(accurate) @ A.to(accurate))).to(dtype)
 
 
-def reference_fp8(w: torch.Tensor, bound: torch.Tensor, A, B, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w / scale in e4m3, scale [rows]) of w in fp32 in plain torch; A [r, columns], B [rows, r], bound [rows]."""
-    if A is not None:
-        bound = bound + abs(scaling) * (B.float().abs() @ A.float().abs().amax(1))
-    bound = bound.clamp(min=1e-30)
-    return (w * (FP8_MAX / bound)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), bound / FP8_MAX
-
-
-def weight_bounds(weight: NF4Weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows [N], columns [K]): the largest absmax, in fp32, of the blocks that reach into each row and column.
-
-    For `merged_dequantize_fp8`. Computed once: a quantized weight never changes.
-    """
-    N, K = weight.shape
-    absmax = reference_absmax(weight).abs()  # offset and code may round a small one below zero
-    number = torch.arange(0, N * K, 8 if K % 8 == 0 else 1, device=weight.device)
-    each = absmax[number // weight.blocksize].view(N, -1)
-    return each.amax(1), each.amax(0).repeat_interleave(K // each.shape[1])
+@triton.jit
+def _dot(b, a, delta, SPLIT: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr):
+    """delta + b @ a. If SPLIT, both fp32, as sums of two numbers of PART; low @ low is too small to matter."""
+    if SPLIT:
+        b_high, a_high = b.to(PART), a.to(PART)
+        b_low, a_low = (b - b_high.to(tl.float32)).to(PART), (a - a_high.to(tl.float32)).to(PART)
+        delta = tl.dot(b_high, a_low, delta)
+        delta = tl.dot(b_low, a_high, delta)
+        delta = tl.dot(b_high, a_high, delta)
+    else:
+        delta = tl.dot(b, a, delta, input_precision=PRECISION)
+    return delta
 
 
 @triton.jit
 def _delta(
-    a_ptr, b_ptr, largest_ptr, rows, cols, N, K, stride_ar, stride_bn,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, TRANSPOSED: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr, b_ptr, rows, cols, N, K, stride_ar, stride_bn,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(B @ A [BLOCK_N, BLOCK_K], a bound of each row's, or column's, magnitudes)."""
+    """B @ A [BLOCK_N, BLOCK_K]."""
     delta = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-    bound = tl.zeros([cols.shape[0] if TRANSPOSED else rows.shape[0]], tl.float32)
     for start in tl.range(0, RANK, BLOCK_R, num_stages=1):  # one turn up to rank 64, or 32 in fp32
         r = start + tl.arange(0, BLOCK_R)  # [BLOCK_R]
         in_rank = r < RANK
         a = tl.load(a_ptr + r[:, None] * stride_ar + cols[None, :], mask=in_rank[:, None] & (cols < K), other=0.0)
         b = tl.load(b_ptr + rows[:, None] * stride_bn + r[None, :], mask=(rows < N)[:, None] & in_rank, other=0.0)
-        delta = tl.dot(b, a, delta, input_precision=PRECISION)
-        if FP8:
-            largest = tl.load(largest_ptr + r, mask=in_rank, other=0.0).to(tl.float32)
-            if TRANSPOSED:
-                bound += tl.sum(tl.abs(a.to(tl.float32)) * largest[:, None], axis=0)
-            else:
-                bound += tl.sum(tl.abs(b.to(tl.float32)) * largest[None, :], axis=1)
-    return delta, bound
+        delta = _dot(b, a, delta, SPLIT, PART, PRECISION)
+    return delta
 
 
 @triton.jit
 def _merge_kernel(
     words_ptr, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, code_ptr,
-    a_ptr, b_ptr, w_ptr, bound_ptr, largest_ptr, scale_ptr,
+    a_ptr, b_ptr, w_ptr, inverse_ptr,
     N, K, words_k, stride_ar, stride_bn, stride_wm, scaling,
-    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, SHARE: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr, TRANSPOSED: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program writes a tile of W, or of its transpose. Programs of a row are neighbours and share B in cache.
 
-    words_k = K / 8 is an argument for its divisibility, as in nf4.py.
+    It waits for memory once: words, absmax and adapters are all asked for before any is used. words_k = K / 8 is an
+    argument for its divisibility, as in nf4.py.
     """
     blocks_k = tl.cdiv(K, BLOCK_K)
     first_row = (tl.program_id(0) // blocks_k).to(tl.int64) * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_N)  # [BLOCK_N]; * K can pass 2**31
+    row, rows = tl.arange(0, BLOCK_N), first_row + tl.arange(0, BLOCK_N)  # [BLOCK_N]; * K can pass 2**31
     first_col = tl.program_id(0) % blocks_k * BLOCK_K
     cols = first_col + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    word_cols = first_col // 8 + tl.arange(0, BLOCK_K // 8)  # [BLOCK_K / 8]
-    first_word, words = first_row * words_k, tl.arange(0, BLOCK_N)[:, None] * words_k + word_cols[None, :]
-    mask = (rows < N)[:, None] & (word_cols < words_k)[None, :]
+    word = first_col // 8 + tl.arange(0, BLOCK_K // 8)  # [BLOCK_K / 8]
+    shared = first_col // 8 + tl.arange(0, BLOCK_K // 8 // SHARE) * SHARE  # the first of each that share an absmax
+    first_word, in_rows = first_row * words_k, (rows < N)[:, None]
 
-    packed = tl.load(words_ptr + first_word + words, mask=mask, other=0)  # [BLOCK_N, BLOCK_K / 8]
+    packed = tl.load(
+        words_ptr + first_word + (row[:, None] * words_k + word[None, :]), mask=in_rows & (word < words_k), other=0
+    )  # [BLOCK_N, BLOCK_K / 8]
     absmax = word_absmax(
-        first_word, words, mask, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, BLOCKSIZE, DOUBLE_QUANT
-    )
+        first_word, row[:, None] * words_k + shared[None, :], in_rows & (shared < words_k),
+        absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, BLOCKSIZE, DOUBLE_QUANT,
+    )  # fmt: skip
     code = tl.load(code_ptr + tl.arange(0, 16))
-    values = code_values(tl.reshape(packed, [BLOCK_N * BLOCK_K // 8]), code)
-    w = tl.reshape(values, [BLOCK_N, BLOCK_K // 8, 8]) * absmax[:, :, None]
-    w = tl.reshape(w, [BLOCK_N, BLOCK_K])
-
     if RANK > 0:
-        delta, adapter_bound = _delta(
-            a_ptr, b_ptr, largest_ptr, rows, cols, N, K, stride_ar, stride_bn,
-            RANK, BLOCK_R, TRANSPOSED, FP8, PRECISION,
+        delta = _delta(
+            a_ptr, b_ptr, rows, cols, N, K, stride_ar, stride_bn, RANK, BLOCK_R, SPLIT,
+            tl.bfloat16 if FP8 else w_ptr.dtype.element_ty, PRECISION,
         )  # fmt: skip
+    absmax = spread(tl.reshape(absmax, [BLOCK_N * (BLOCK_K // 8 // SHARE)]), SHARE)
+    w = code_values(tl.reshape(packed, [BLOCK_N * BLOCK_K // 8]), code) * absmax[:, None]
+    w = tl.reshape(w, [BLOCK_N, BLOCK_K])
+    if RANK > 0:
         w = tl.fma(delta, tl.full([BLOCK_N, BLOCK_K], scaling, tl.float32), w)
 
     if TRANSPOSED:
@@ -154,13 +140,7 @@ def _merge_kernel(
     else:
         out_rows, out_cols, M_OUT, N_OUT = rows, cols, N, K
     if FP8:
-        bound = tl.load(bound_ptr + out_rows, mask=out_rows < M_OUT, other=1.0)
-        if RANK > 0:
-            bound += tl.abs(scaling) * adapter_bound
-        bound = tl.maximum(bound, 1e-30)  # a row of zeros
-        w *= (448.0 / bound)[:, None]
-        once = first_col == 0 if not TRANSPOSED else tl.program_id(0) < blocks_k
-        tl.store(scale_ptr + out_rows, bound / 448.0, mask=(out_rows < M_OUT) & once)  # one writer a row
+        w *= tl.load(inverse_ptr + out_rows, mask=out_rows < M_OUT, other=0.0)[:, None]
     out = w_ptr + out_rows[:, None] * stride_wm + out_cols[None, :]
     tl.store(out, w.to(w_ptr.dtype.element_ty), mask=(out_rows < M_OUT)[:, None] & (out_cols < N_OUT)[None, :])
 
@@ -168,14 +148,14 @@ def _merge_kernel(
 def _tiling(rank: int, fp32: bool) -> dict[str, int]:
     """8192 numbers a program, 32 a thread: loads under way enough, in registers so few that an SM holds several."""
     BLOCK_R = min(64 if not fp32 else 32, max(16, 1 << (rank - 1).bit_length()))
-    return {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": BLOCK_R, "num_warps": 8}
+    BLOCK_N = 128 if fp32 else 64
+    return {"BLOCK_N": BLOCK_N, "BLOCK_K": 8192 // BLOCK_N, "BLOCK_R": BLOCK_R, "num_warps": 8}
 
 
-def launch(weight, A, B, scaling, w, transposed=False, bound=None, largest=None, scale=None, **tiling) -> None:
+def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -> None:
     """Write w [N, K], or [K, N] if `transposed`, whose rows may lie any stride apart. A and B may both be None.
 
-    For an FP8 w: bound is of `weight_bounds`, for the rows of w; largest [r] are the largest magnitudes of A's rows, of
-    B's columns if `transposed`; and scale [rows of w], fp32, is written. `tiling` overrides BLOCK_N and so on.
+    An FP8 w takes inverse [rows of w], fp32, of `launch_scale`. `tiling` overrides BLOCK_N and so on.
 
     Raises NotImplementedError where there is no tensor core that Triton can use, or no FP8.
     """
@@ -188,16 +168,18 @@ def launch(weight, A, B, scaling, w, transposed=False, bound=None, largest=None,
     if N * K == 0:
         return
     rank = 0 if A is None else A.shape[0]
-    fp32 = A is not None and torch.float32 in (A.dtype, B.dtype)
+    fp32 = A is not None and A.dtype == torch.float32
+    split = fp32 and w.dtype != torch.float32 and not (w.dtype == FP8 and arch == "interpreter")  # it has no bfloat16
     tiling = _tiling(rank, fp32) | tiling
+    share = min(words_sharing(weight, K // 8), tiling["BLOCK_K"] // 8)
     grid = (-(-N // tiling["BLOCK_N"]) * -(-K // tiling["BLOCK_K"]),)
     with device_of(w):
         _merge_kernel[grid](
-            *kernel_arguments(weight), weight.code, A, B, w, bound, largest, scale,
+            *kernel_arguments(weight), weight.code, A, B, w, inverse,
             N, K, K // 8, 0 if A is None else A.stride(0), 0 if A is None else B.stride(0), w.stride(0), scaling,
-            BLOCKSIZE=weight.blocksize, DOUBLE_QUANT=weight.offset is not None, RANK=rank, TRANSPOSED=transposed,
-            FP8=w.dtype == FP8, PRECISION="ieee" if arch.startswith("gfx") else "tf32x3",
-            enable_fp_fusion=False, **tiling,
+            BLOCKSIZE=weight.blocksize, DOUBLE_QUANT=weight.offset is not None, SHARE=share,
+            RANK=rank, TRANSPOSED=transposed, FP8=w.dtype == FP8, SPLIT=split,
+            PRECISION="ieee" if arch.startswith("gfx") else "tf32x3", enable_fp_fusion=False, **tiling,
         )  # fmt: skip
 
 
@@ -208,11 +190,10 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     weight = empty_nf4((N, K), dtype, device="meta")
     A, B = empty(r, K, dtype=dtype), empty(N, r, dtype=dtype)
     dense = functools.partial(launch, weight, A, B, 2.0)
-    fp8 = {"bound": empty(N), "largest": empty(r, dtype=dtype), "scale": empty(N)}
     return {
         f"merged {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=dtype)),
         f"transposed {N}x{K}, rank {r}": functools.partial(dense, empty(K, N, dtype=dtype), True),
-        f"FP8 {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=FP8), False, **fp8),
+        f"FP8 {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=FP8), False, empty(N)),
         f"merged {N}x{K}, rank {r} in fp32": functools.partial(
             launch, weight, A.float(), B.float(), 2.0, empty(N, K, dtype=dtype)
         ),
@@ -284,7 +265,9 @@ def merged_dequantize(
             f"merged_dequantize: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, with strides {out.stride()}; "
             f"give {shape}, {dtype or out.dtype}, on {weight.device}, with neighbours in a row"
         )
-    if _runs("merged_dequantize", weight, out, A):
+    if A is None and not transposed and out.is_contiguous() and on_triton("merged_dequantize", "weight", out):
+        dequantize(weight, out)
+    elif _runs("merged_dequantize", weight, out, A):
         launch(weight, A, B, float(scaling), out, transposed)
     else:
         w = _with_torch(weight, A, B, scaling)
@@ -316,8 +299,7 @@ def merged_dequantize_fp8(
         if transposed:
             w, A, B = w.T.contiguous(), *((B.T, A.T) if A is not None else (None, None))
         return reference_fp8(w, bound, A, B, scaling)
-    scale, largest = torch.empty(shape[0], device=weight.device), None
-    if A is not None:
-        largest = B.abs().amax(0) if transposed else A.abs().amax(1)
-    launch(weight, A, B, float(scaling), w8, transposed, bound, largest, scale)
+    scale, inverse = torch.empty(2, shape[0], device=weight.device)
+    launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
+    launch(weight, A, B, float(scaling), w8, transposed, inverse)
     return w8, scale

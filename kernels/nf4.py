@@ -145,6 +145,13 @@ def word_absmax(
 
 
 @triton.jit
+def spread(absmax, SHARE: tl.constexpr):
+    """absmax [W] of words that share it, SHARE at a time, for each of the words [W * SHARE]."""
+    each = tl.broadcast_to(absmax[:, None], [absmax.shape[0], SHARE])
+    return tl.reshape(each, [absmax.shape[0] * SHARE])
+
+
+@triton.jit
 def code_values(words, code):
     """CODE's values [W, 8] of `words` int32 [W], which hold 8 indices each: the bytes in order, the high half first.
 
@@ -159,7 +166,7 @@ def code_values(words, code):
 def _dequantize_kernel(
     words_ptr, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, code_ptr, w_ptr,
     N, WORDS,
-    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, SHARE: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     """One program writes 8 * BLOCK_WORDS numbers, a multiple of BLOCKSIZE.
 
@@ -170,13 +177,15 @@ def _dequantize_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_WORDS  # numbers can pass 2**31
     words = tl.arange(0, BLOCK_WORDS)  # [BLOCK_WORDS]
     mask = start + words < WORDS
+    packed = tl.load(words_ptr + start + words, mask=mask, other=0)
+    shared = tl.arange(0, BLOCK_WORDS // SHARE) * SHARE  # the first word of each that share an absmax
+    absmax = word_absmax(
+        start, shared, start + shared < WORDS, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr,
+        BLOCKSIZE, DOUBLE_QUANT,
+    )  # fmt: skip
     code = tl.load(code_ptr + tl.arange(0, 16))
 
-    packed = tl.load(words_ptr + start + words, mask=mask, other=0)
-    absmax = word_absmax(
-        start, words, mask, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, BLOCKSIZE, DOUBLE_QUANT
-    )
-    w = code_values(packed, code) * absmax[:, None]  # [BLOCK_WORDS, 8]
+    w = code_values(packed, code) * spread(absmax, SHARE)[:, None]  # [BLOCK_WORDS, 8]
     numbers = words[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(w_ptr + start * 8 + numbers, w.to(w_ptr.dtype.element_ty), mask=start * 8 + numbers < N)
 
@@ -186,6 +195,11 @@ def kernel_arguments(weight: NF4Weight) -> tuple[torch.Tensor | None, ...]:
     return weight.words, weight.absmax, weight.offset, weight.nested_absmax, weight.nested_code
 
 
+def words_sharing(weight: NF4Weight, words_k: int = 0) -> int:
+    """How many words, at most 8, share an absmax from wherever a multiple of as many starts, in rows of `words_k`."""
+    return math.gcd(words_k, weight.blocksize // 8, 8)
+
+
 def launch(weight: NF4Weight, w, BLOCK_WORDS: int = 512, num_warps: int = 4) -> None:
     """Write w, contiguous, of as many numbers as `weight`. BLOCK_WORDS must be a multiple of a block's words."""
     if w.numel() == 0:
@@ -193,7 +207,8 @@ def launch(weight: NF4Weight, w, BLOCK_WORDS: int = 512, num_warps: int = 4) -> 
     with device_of(w):
         _dequantize_kernel[(-(-w.numel() // (8 * BLOCK_WORDS)),)](
             *kernel_arguments(weight), weight.code, w, w.numel(), -(-w.numel() // 8),
-            weight.blocksize, weight.offset is not None, BLOCK_WORDS, num_warps=num_warps, enable_fp_fusion=False,
+            weight.blocksize, weight.offset is not None, words_sharing(weight), BLOCK_WORDS, num_warps=num_warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -3,19 +3,23 @@
 A new token needs each weight once, so its time is that of reading them: 0.52 bytes a weight here, against the 0.52
 read, 2 written and 2 read again of a product with dequantized weights.
 
-One row. With W[n, k] = CODE[q] * absmax, and words of 8 neighbours, which never straddle a block,
+With W[n, k] = CODE[q] * absmax, and chunks of up to 64 neighbours that share an absmax,
 
-    y[n] = sum over words of absmax * (sum over the word of CODE[q] * x[k])
+    y[n] = sum over chunks of absmax * (sum over the chunk of CODE[q] * x[k])
 
-A lane takes the same words of BLOCK_N rows, so that its 8 numbers of x serve them all. At 3.35 TB/s an H100 has time
-for five instructions a weight, and five it takes to shift and mask an index, to address and load its value, to multiply
-and add. absmax, its table and its addresses cost a lane some 20 more a word. So this kernel is bound by instructions as
-much as by memory, and all that can be is done once a word.
+Tensor cores take the inner sum, for up to 16 rows of x at once, even for one. They want 16 bits. CODE rounded to 16
+bits would be as wrong as any rounded weight; but it goes as a sum of two such numbers, high and low, side by side in
+the 32 bits that one load from a table in shared memory gives, and x stands twice beside them:
 
-Several rows, up to 16, would multiply the last instruction; tensor cores do it for all rows at once, from weights
-rounded to x's dtype, as a product with dequantized weights has them.
+    CODE[q] * x[k]  =  high * x[k] + low * x[k],   wrong by less than 2**-17 of CODE
 
-Casts: for one row all is fp32 and y is rounded once. For several, weights are rounded to x's dtype, and sums are fp32.
+What a lane loads is what its tensor core takes, in its registers as they are. So a weight costs a shift, a mask, a load
+and an eighth of a product; at 3.35 TB/s an H100 has time for five instructions. absmax costs a chunk a few.
+
+fp32 x goes as three products of TF32 parts; one row of it, and of GPUs without tensor cores, has a kernel of its own,
+in which a lane takes the same words of BLOCK_N rows, so that its 8 numbers of x serve them all.
+
+Casts: none but those: absmax, sums and products of both are fp32, y is rounded once.
 """
 
 import functools
@@ -26,12 +30,12 @@ import torch
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, sm_count, tl, triton
 from fastkit.kernels.nf4 import (
     NF4Weight,
-    code_values,
     dequantize_nf4,
     empty_nf4,
     kernel_arguments,
     stored_bytes,
     word_absmax,
+    words_sharing,
 )
 from fastkit.kernels.nf4 import reference as dequantized
 
@@ -106,34 +110,73 @@ def _matvec_kernel(
 
 
 @triton.jit
+def _code_pairs(code, dtype: tl.constexpr):
+    """CODE [16] as int32, each of two numbers of `dtype`, of 16 bits, that add up to it: the larger in the low half."""
+    high = code.to(dtype)
+    low = (code - high.to(tl.float32)).to(dtype)
+    return high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF | low.to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
+def _operands(packed, x, code, dtype: tl.constexpr):
+    """CODE[index] [C, BLOCK_N, columns] of packed [C, BLOCK_N, W], and x [C, BLOCK_M, 8 * W] with as many columns.
+
+    An index is shifted to where it is already the address of a number of 32 bits; else that takes an instruction more.
+    """
+    C: tl.constexpr = packed.shape[0]
+    BLOCK_N: tl.constexpr = packed.shape[1]
+    BLOCK_M: tl.constexpr = x.shape[1]
+    NUMBERS: tl.constexpr = 8 * packed.shape[2]
+    place = 4 * (tl.arange(0, 8) ^ 1)  # of the index in its word: a byte's high half comes first
+    bits = packed.to(tl.uint32, bitcast=True).to(tl.uint64)[:, :, :, None] << 32
+    indices = ((bits >> (30 + place).to(tl.uint64)[None, None, None, :]).to(tl.int32) & 60) >> 2
+    w = tl.reshape(tl.gather(code, tl.reshape(indices, [C * BLOCK_N * NUMBERS]), 0), [C, BLOCK_N, NUMBERS])
+    if dtype.primitive_bitwidth == 16:  # columns high and low by turns, each to be multiplied by the same x
+        high = w.to(tl.int16).to(dtype, bitcast=True)
+        low = (w >> 16).to(tl.int16).to(dtype, bitcast=True)
+        w = tl.reshape(tl.join(high, low), [C, BLOCK_N, 2 * NUMBERS])
+        x = tl.reshape(tl.join(x, x), [C, BLOCK_M, 2 * NUMBERS])
+    return w, x
+
+
+@triton.jit
 def _batch_kernel(
     words_ptr, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, code_ptr, x_ptr, y_ptr,
-    M, N, K, words_k, stride_xm, stride_ym,
-    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    M, N, words_k, stride_xm, stride_ym,
+    BLOCKSIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_N columns of y for all rows, at most BLOCK_M."""
+    """One program writes BLOCK_N columns of y for all rows, at most BLOCK_M.
+
+    A turn takes CHUNKS chunks of each row of W, and a chunk is SHARE words that share an absmax. Warps take different
+    chunks, and their sums meet only at the end.
+    """
     row, first = tl.arange(0, BLOCK_N), tl.program_id(0).to(tl.int64) * BLOCK_N * words_k
     in_rows = tl.program_id(0) * BLOCK_N + row < N  # [BLOCK_N]
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    m, number = tl.arange(0, BLOCK_M), tl.arange(0, 8 * SHARE)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     code = tl.load(code_ptr + tl.arange(0, 16))
-    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, words_k, BLOCK_K // 8):
-        word = start + tl.arange(0, BLOCK_K // 8)
-        words, mask = row[:, None] * words_k + word[None, :], in_rows[:, None] & (word < words_k)[None, :]
-        packed = tl.load(words_ptr + first + words, mask=mask, other=0)  # [BLOCK_N, BLOCK_K / 8]
+    if dtype.primitive_bitwidth == 16:
+        code = _code_pairs(code, dtype)
+    y = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, words_k, CHUNKS * SHARE, num_stages=STAGES):
+        chunk = start + tl.arange(0, CHUNKS) * SHARE  # [CHUNKS], the first word of each
+        words = row[None, :] * words_k + chunk[:, None]  # [CHUNKS, BLOCK_N]
+        mask = in_rows[None, :] & (chunk < words_k)[:, None]
+        packed = tl.load(
+            words_ptr + first + (words[:, :, None] + tl.arange(0, SHARE)[None, None, :]), mask=mask[:, :, None], other=0
+        )  # [CHUNKS, BLOCK_N, SHARE]
         absmax = word_absmax(
             first, words, mask, absmax_ptr, offset_ptr, nested_absmax_ptr, nested_code_ptr, BLOCKSIZE, DOUBLE_QUANT
         )
-        values = code_values(tl.reshape(packed, [BLOCK_N * BLOCK_K // 8]), code)
-        w = tl.reshape(values, [BLOCK_N, BLOCK_K // 8, 8]) * absmax[:, :, None]
-        w = tl.reshape(w, [BLOCK_N, BLOCK_K]).to(x_ptr.dtype.element_ty)
-        cols = start * 8 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        x_mask = (m < M)[:, None] & (cols < K)[None, :]
-        x = tl.load(x_ptr + m[:, None] * stride_xm + cols[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        y = tl.dot(w, tl.trans(x), y, input_precision=PRECISION)
+        cols = chunk[:, None, None] * 8 + number[None, None, :]
+        x = tl.load(
+            x_ptr + m[None, :, None] * stride_xm + cols, mask=(m < M)[None, :, None] & (cols < words_k * 8), other=0.0
+        )  # [CHUNKS, BLOCK_M, 8 * SHARE]
+        w, x = _operands(packed, x, code, dtype)
+        y += absmax[:, :, None] * tl.dot(w, tl.trans(x, 0, 2, 1), input_precision=PRECISION)
     out = y_ptr + m[None, :] * stride_ym + (tl.program_id(0) * BLOCK_N + row)[:, None]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (m < M)[None, :])
+    tl.store(out, tl.sum(y, axis=0).to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (m < M)[None, :])
 
 
 def launch_matvec(x, weight: NF4Weight, y, **tiling) -> None:
@@ -156,14 +199,25 @@ def launch_batch(x, weight: NF4Weight, y, **tiling) -> None:
     if arch == "sm_75":
         raise NotImplementedError("nf4_matvec of several rows needs Triton's tensor cores, sm_80: use dequantize_nf4")
     (M, K), N = x.shape, weight.shape[0]
-    BLOCK_N = next((size for size in (64, 32) if -(-N // size) >= sm_count(x.device)), 16)  # all SMs at work
-    tiling = {"BLOCK_M": 16, "BLOCK_N": BLOCK_N, "BLOCK_K": 64, "num_warps": 4} | tiling
+    amd = arch.startswith("gfx")
+    num_warps = 8 if 64 * sm_count(x.device) > N else 4  # few programs have more warps each
+    CHUNKS = num_warps if x.dtype == torch.float32 or amd else 2 * num_warps  # as many as registers last for
+    BLOCK_M = 8 if M <= 8 and not amd else 16
+    tiling = {"BLOCK_M": BLOCK_M, "BLOCK_N": 16, "CHUNKS": CHUNKS, "STAGES": 3, "num_warps": num_warps} | tiling
     with device_of(x):
         _batch_kernel[(-(-N // tiling["BLOCK_N"]),)](
-            *kernel_arguments(weight), weight.code, x, y, M, N, K, K // 8, x.stride(0), y.stride(0),
-            BLOCKSIZE=weight.blocksize, DOUBLE_QUANT=weight.offset is not None,
-            PRECISION="ieee" if arch.startswith("gfx") else "tf32x3", enable_fp_fusion=False, **tiling,
+            *kernel_arguments(weight), weight.code, x, y, M, N, K // 8, x.stride(0), y.stride(0),
+            BLOCKSIZE=weight.blocksize, DOUBLE_QUANT=weight.offset is not None, SHARE=words_sharing(weight, K // 8),
+            PRECISION="ieee" if amd else "tf32x3", **tiling,
         )  # fmt: skip
+
+
+def launch(x, weight: NF4Weight, y) -> None:
+    """Write y [M, N], given x [M, K], M from 1 to 16, both contiguous, with the kernel that suits them."""
+    if len(x) == 1 and (x.dtype == torch.float32 or architecture(x.device) == "sm_75"):
+        launch_matvec(x[0], weight, y[0])
+    else:
+        launch_batch(x, weight, y)
 
 
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
@@ -172,8 +226,9 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     weight, x, y = empty_nf4((N, K), dtype, device="meta"), empty(16, K), empty(16, N)
     return {
-        f"1 row {N}x{K}": functools.partial(launch_matvec, x[0], weight, y[0]),
-        f"16 rows {N}x{K}": functools.partial(launch_batch, x, weight, y),
+        f"1 row {N}x{K}": functools.partial(launch, x[:1], weight, y[:1]),
+        f"16 rows {N}x{K}": functools.partial(launch, x, weight, y),
+        f"1 row {N}x{K} in fp32": functools.partial(launch, x[:1].float(), weight, y[:1].float()),
     }
 
 
@@ -205,9 +260,5 @@ def nf4_matvec(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
         return y
     if M > MAX_ROWS or K == 0 or K % 8 or (M > 1 and architecture(x.device) == "sm_75"):
         return x @ dequantize_nf4(weight, x.dtype).T
-    rows = x.reshape(M, K).contiguous()
-    if M == 1:
-        launch_matvec(rows[0], weight, y.view(N))
-    else:
-        launch_batch(rows, weight, y.view(M, N))
+    launch(x.reshape(M, K).contiguous(), weight, y.view(M, N))
     return y

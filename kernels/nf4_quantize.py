@@ -6,11 +6,15 @@
 Double quantization treats absmax so in turn, less its mean, in blocks of 256 and with a table of 256 values that are
 dense near zero (arXiv:2110.02861).
 
-Every bit is as bitsandbytes has it. Its backends differ in corners, and we follow each on its own ground. On a GPU:
-1 / absmax is the hardware's approximation; in a block of zeros, 0 * inf being no number, every index is 0; a tie of
-nested values goes to the even index. On a CPU: absmax is raised to 1e-38 before it divides, a last, shorter block is
-divided instead of multiplied (by `reference`, not by the interpreted kernel), and nested values are divided and rounded
-to 65,536 levels first.
+Every bit is as bitsandbytes has it. Its backends differ in corners, and we follow each on its own ground.
+
+On a GPU its code is built with fast math. Subnormal numbers, below 2**-126, are zeros, read or computed; so is
+1 / absmax above 2**126, and then every number of the block has the index of 0. Else it is the hardware's approximation.
+In a block of zeros, 0 * inf being no number, every index is 0. Four of the midpoints are its source's decimal literals,
+a last place away from those of CODE. A tie of nested values goes to the even index.
+
+On a CPU absmax is raised to 1e-38 before it divides; a last, shorter block is divided instead of multiplied (by
+`reference`, not by the interpreted kernel); nested values are divided and rounded to 65,536 levels first.
 
 Casts: all arithmetic is fp32, whatever the dtype of the weight.
 """
@@ -24,6 +28,7 @@ from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl,
 from fastkit.kernels.nf4 import BLOCKSIZES, NF4Weight, code_on, empty_nf4, stored_bytes
 
 LEAST_ABSMAX = 1e-38  # what bitsandbytes' CPU backend divides by at least
+GPU_MIDPOINTS = {0: -0.8480964303016663, 8: 0.1202552542090416, 12: 0.5016633868217468, 14: 0.8614783883094788}
 
 
 def cost(n: int, dtype=torch.bfloat16, blocksize: int = 64) -> Cost:
@@ -53,9 +58,8 @@ def reference(x: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch
     if full < flat.numel():
         last = flat[full:].abs().amax().clamp(min=LEAST_ABSMAX)[None]
         absmax, scaled = torch.cat([absmax, last]), torch.cat([scaled, flat[full:] / last])
-    code = code_on(x.device)
     scaled = torch.nn.functional.pad(scaled.clamp(-1, 1), (0, scaled.numel() % 2))
-    indices = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+    indices = torch.bucketize(scaled, midpoints(x.device)).to(torch.uint8)
     return indices[::2] << 4 | indices[1::2], absmax
 
 
@@ -69,11 +73,33 @@ def reference_quantize_absmax(centered: torch.Tensor, code: torch.Tensor) -> tup
     return indices.to(torch.uint8), nested_absmax
 
 
+@functools.cache
+def midpoints(device: torch.device) -> torch.Tensor:
+    """What parts the 16 values of CODE, fp32 [15], as bitsandbytes has it on `device`."""
+    code = code_on(torch.device("cpu"))
+    between = (code[:-1] + code[1:]) / 2
+    if device.type != "cpu":
+        between[list(GPU_MIDPOINTS)] = torch.tensor(list(GPU_MIDPOINTS.values()))
+    return between.to(device)
+
+
+@triton.jit
+def _normal(x):
+    """x, or zero for what fast math does not tell from zero: below 2**-126."""
+    return tl.where(x < 1.1754943508222875e-38, 0.0, x)
+
+
+@triton.jit
+def _fast_inverse(absmax):
+    """1 / absmax; no number for zero, as 0 * inf is none."""
+    return tl.where(absmax > 0, _normal(1.0 / absmax), float("nan"))
+
+
 @triton.jit
 def _quantize_kernel(
-    x_ptr, code_ptr, packed_ptr, absmax_ptr,
-    N, LEAST_ABSMAX,
-    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, midpoints_ptr, packed_ptr, absmax_ptr,
+    N,
+    LEAST_ABSMAX: tl.constexpr, FAST_MATH: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program quantizes BLOCKS blocks. It counts midpoints, 15 for each number; who quantizes once can wait."""
     start = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -82,12 +108,16 @@ def _quantize_kernel(
     x = tl.load(x_ptr + numbers, mask=numbers < N, other=0.0).to(tl.float32)
 
     absmax = tl.max(tl.abs(x), axis=1)
+    if FAST_MATH:
+        absmax = _normal(absmax)
+        inverse = _fast_inverse(absmax)
+    else:
+        inverse = 1.0 / tl.maximum(absmax, LEAST_ABSMAX)
     tl.store(absmax_ptr + blocks, absmax, mask=blocks * BLOCKSIZE < N)
-    scaled = x * (1.0 / tl.maximum(absmax, LEAST_ABSMAX))[:, None]
+    scaled = x * inverse[:, None]
     indices = tl.zeros([BLOCKS, BLOCKSIZE], tl.int32)
     for i in tl.static_range(15):
-        midpoint = (tl.load(code_ptr + i) + tl.load(code_ptr + i + 1)) / 2
-        indices += (scaled > midpoint).to(tl.int32)  # 0 * inf, of a block of zeros, is above none
+        indices += (scaled > tl.load(midpoints_ptr + i)).to(tl.int32)  # no number, of a block of zeros, is above none
     high, low = tl.split(tl.reshape(indices, [BLOCKS * BLOCKSIZE // 2, 2]))
     pairs = start * (BLOCKSIZE // 2) + tl.arange(0, BLOCKS * BLOCKSIZE // 2)
     tl.store(packed_ptr + pairs, (high << 4 | low).to(tl.uint8), mask=pairs < tl.cdiv(N, 2))
@@ -101,9 +131,9 @@ def _quantize_absmax_kernel(centered_ptr, code_ptr, indices_ptr, nested_absmax_p
     """
     numbers = tl.program_id(0) * 256 + tl.arange(0, 256)
     centered = tl.load(centered_ptr + numbers, mask=numbers < N, other=0.0)
-    nested_absmax = tl.max(tl.abs(centered), axis=0)
+    nested_absmax = _normal(tl.max(tl.abs(centered), axis=0))
     tl.store(nested_absmax_ptr + tl.program_id(0), nested_absmax)
-    scaled = centered * (1.0 / nested_absmax)
+    scaled = centered * _fast_inverse(nested_absmax)
 
     index = tl.full([256], 127, tl.int32)
     for i in tl.static_range(7):
@@ -119,12 +149,12 @@ def launch(x, blocksize: int, packed, absmax) -> None:
     """Write packed (uint8) and absmax (fp32), given x, all contiguous."""
     if x.numel() == 0:
         return
-    least = LEAST_ABSMAX if x.device.type == "cpu" else 0.0
     BLOCKS = max(1, 2048 // blocksize)
     with device_of(x):
         _quantize_kernel[(-(-absmax.numel() // BLOCKS),)](
-            x, code_on(x.device), packed, absmax, x.numel(), least, blocksize, BLOCKS, num_warps=4
-        )
+            x, midpoints(x.device), packed, absmax, x.numel(), LEAST_ABSMAX, x.device.type != "cpu", blocksize, BLOCKS,
+            num_warps=4,
+        )  # fmt: skip
 
 
 def launch_absmax(centered, nested_code, indices, nested_absmax) -> None:

@@ -7,9 +7,9 @@ import torch
 
 from fastkit.cli import main
 from fastkit.kernels.common import Cost
-from fastkit.lab import bench_cases
-from fastkit.lab.bench import _is_right, table
-from fastkit.lab.bench_cases import CASES, Case
+from fastkit.lab import bench_case, bench_kernels, bench_ladders, bench_peers
+from fastkit.lab.bench import _is_right, groups, table
+from fastkit.lab.bench_case import Case
 from fastkit.lab.results import load
 
 
@@ -23,14 +23,14 @@ def test_without_a_gpu(capsys):
 
 def test_unknown_names_and_flags(capsys):
     assert main(["bench", "softmux"]) == 2
-    assert f"no benchmark 'softmux': there are {', '.join(CASES)}" in capsys.readouterr().err
+    assert "no benchmark 'softmux': there are kernels, ladders, rms_norm, add_rms_norm, " in capsys.readouterr().err
     for argv in (["bench", "--speed"], ["bench", "--record", "x", "copy"]):
         with pytest.raises(SystemExit) as left:
             main(argv)
         assert left.value.code == 2
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
-    assert f"fastkit bench [{' '.join(CASES)}]" in capsys.readouterr().out
+    assert "fastkit bench [kernels rms_norm " in capsys.readouterr().out
 
 
 def case(**other):
@@ -82,25 +82,34 @@ def test_the_table():
 
 
 def test_peers_that_are_not_here_are_said_to_be(monkeypatch):
-    monkeypatch.setitem(bench_cases._PEERS, "swiglu", [("Someone", "a_package_that_is_not_there", None)])
-    assert bench_cases._peers("swiglu") == ({}, {"Someone": "not installed"})
-    monkeypatch.setitem(bench_cases._PEERS, "swiglu", [("Re", "re", lambda: re.no_such_function)])
-    found, absent = bench_cases._peers("swiglu")
+    monkeypatch.setitem(bench_peers.PEERS, "swiglu", [("Someone", "a_package_that_is_not_there", None)])
+    assert bench_peers.peers("swiglu") == ({}, {"Someone": "not installed"})
+    monkeypatch.setitem(bench_peers.PEERS, "swiglu", [("Re", "re", lambda: re.no_such_function)])
+    found, absent = bench_peers.peers("swiglu")
     assert not found and absent["Re"].startswith("does not import: AttributeError: ")
 
 
 def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
     """The cases of the benchmark, built small and on this machine; torch.compile is left to the GPU."""
-    small = dict(ROWS=6, HIDDEN=24, INTERMEDIATE=40, COPY_N=2**10, TRANSPOSE_N=(24, 33), SOFTMAX_MN=((5, 40), (3, 130)))
-    for name, value in small.items():
-        monkeypatch.setattr(bench_cases, name, value)
-    monkeypatch.setattr(bench_cases, "MATMUL_N", 64)
-    monkeypatch.setattr(bench_cases, "DEVICE", device)
-    monkeypatch.setattr(bench_cases, "rows", lambda: 6)
-    monkeypatch.setattr(bench_cases, "half", lambda: torch.float16)  # the interpreter cannot round to bfloat16
-    monkeypatch.setattr(bench_cases, "_compiled", lambda function: function)
+    small = {
+        bench_case: dict(ROWS=24, DEVICE=device),
+        bench_kernels: dict(
+            HIDDEN=24, INTERMEDIATE=40, VOCABULARIES=(50, 70), HEADS=4, KEY_HEADS=2, HEAD=16, TOKENS=3, TRAINED=600,
+            BATCHES=(1, 3),
+        ),
+        bench_ladders: dict(COPY_N=2**10, TRANSPOSE_N=(24, 33), SOFTMAX_MN=((5, 40), (3, 130)), MATMUL_N=64),
+    }  # fmt: skip
+    for module, values in small.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda: (7, 5)
+        )  # bfloat16 the interpreter cannot round
     ours = set()
-    for make in CASES.values():
+    for make in (make for group in groups().values() for make in group.values()):
         for found in make():
             notes = []
             assert found.contenders and not found.absent.keys() & found.contenders.keys()
@@ -108,6 +117,7 @@ def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
                 assert _is_right(who, run, found, f"{found.op} {found.size}", notes), notes
                 ours.add((found.op, who))
     assert ("swiglu backward", "fastkit") in ours and ("matmul", "grouped") in ours and ("softmax", "online") in ours
+    assert ("nf4 matvec", "bitsandbytes") in ours and ("adamw, 8-bit state", "bitsandbytes") in ours
 
 
 @pytest.mark.gpu

@@ -70,18 +70,38 @@ def test_last_block_as_if_filled_with_zeros(device):
     assert torch.equal(ours.packed, padded.packed[:500]) and torch.equal(ours.absmax, padded.absmax)
 
 
-@EVERY_DTYPE
-def test_extremes(dtype, device):
-    """Blocks of zeros, of the least and of the largest numbers, of one number, and of ties between two codes."""
+def extremes(dtype, device):
+    """Blocks of zeros, of very small and of the largest numbers, of one number, and of ties between two codes."""
     blocks = torch.randn(8, 64, device=device)
     blocks[0] = 0
     blocks[1] *= 1e-6 if dtype == torch.float16 else 1e-30  # in fp16 subnormal numbers
     blocks[2] *= torch.finfo(dtype).max / blocks[2].abs().max() * 0.999
     blocks[3] = 3.0
     code = torch.tensor(nf4.CODE, device=device)
-    blocks[4, :15], blocks[4, 15:] = (code[1:] + code[:-1]) / 2, 1.0
+    blocks[4, :15], blocks[4, 15:] = nf4_quantize.midpoints(blocks.device), 1.0
     blocks[5, :16], blocks[5, 16:] = code, -1.0
-    check(blocks.to(dtype), 64, False)
+    blocks[6, :15], blocks[6, 15:] = torch.nextafter(nf4_quantize.midpoints(blocks.device), blocks.new_tensor(2.0)), 1.0
+    return blocks.to(dtype)
+
+
+@EVERY_DTYPE
+def test_extremes(dtype, device):
+    """Every bit of what is quantized, and of what is dequantized again, on this device's backend of bitsandbytes.
+
+    On a GPU its products that end below 2**-126 are zeros and ours are not; none of these do. On it 1 / absmax of the
+    block of the largest is a zero, for both.
+    """
+    check(extremes(dtype, device), 64, False)
+
+
+@pytest.mark.gpu
+def test_subnormal_numbers_are_zeros_on_a_gpu(device):
+    """Quantized alike. Dequantized, theirs are zeros and ours stay: absmax itself is a zero, so here they are too."""
+    x = torch.randn(4, 64, device=device)
+    x[1] *= 2.0**-135
+    x[2, ::2] *= 2.0**-135
+    assert_same_bits(quantize_nf4(x, 64), theirs(x, 64, False)[0])
+    assert (dequantize_nf4(quantize_nf4(x, 64))[1] == 0).all()
 
 
 def test_table_of_bitsandbytes():

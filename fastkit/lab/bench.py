@@ -11,20 +11,30 @@ from fastkit.lab.results import RESULTS, record
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number: wrong or not
 
 
+def groups() -> dict[str, dict]:
+    """What there is to time: {"kernels": {name: its cases}, "ladders": ...}."""
+    from fastkit.lab.bench_kernels import KERNELS
+    from fastkit.lab.bench_ladders import LADDERS
+
+    return {"kernels": KERNELS, "ladders": LADDERS}
+
+
 def bench(names: Iterable[str] = (), repeat_ms: float = 100) -> tuple[list[dict], list[str]]:
-    """(rows, notes) for the operations `names` of bench_cases.CASES, all of them by default.
+    """(rows, notes) for `names`, each of an operation or of one of `groups`; all of them by default.
 
     A row has op, size, dtype, who, the fields of timing.judge, rate and unit ("GB/s" or "TFLOP/s" of the declared
-    cost), predicted_ms and limit (the roofline of the measured card), floor_ms (its time without the launch) and
-    of_floor = floor_ms / median_ms. The notes name contenders that were not timed and say why.
+    cost), predicted_ms and limit (the roofline of the measured card), floor_ms (its time without the launch),
+    of_floor = floor_ms / median_ms and, for some, extra_gib, what a run allocates at its peak. The notes name
+    contenders that were not timed and say why.
 
     Raises FastkitError without a GPU or for an unknown name.
     """
-    from fastkit.lab.bench_cases import CASES
-
-    names = list(names)
-    if unknown := [name for name in names if name not in CASES]:
-        raise FastkitError(f"no benchmark {unknown[0]!r}: there are {', '.join(CASES)}")
+    found, chosen = groups(), {}
+    every = {name: make for group in found.values() for name, make in group.items()}
+    for name in names or found:
+        if name not in found and name not in every:
+            raise FastkitError(f"no benchmark {name!r}: there are {', '.join([*found, *every])}")
+        chosen |= found.get(name) or {name: every[name]}
     if not torch.cuda.is_available():
         there = ", ".join(sorted(path.stem for path in RESULTS.glob("*.json")))
         raise FastkitError(f"benchmarks need a GPU; recorded ones are in data/results: {there}")
@@ -32,10 +42,11 @@ def bench(names: Iterable[str] = (), repeat_ms: float = 100) -> tuple[list[dict]
 
     measure()  # while memory is free
     rows, notes = [], []
-    for name in names or CASES:
-        for case in CASES[name]():
+    for make in chosen.values():
+        for case in make():
             rows += _rows(case, repeat_ms, notes)
-        torch.cuda.empty_cache()
+            del case  # before the next is made
+            torch.cuda.empty_cache()
     return rows, notes
 
 
@@ -71,7 +82,8 @@ def table(rows: list[dict]) -> str:
             lines += ["", title, f"  {'':18}{'ms':>9}{'p20':>9}{'p80':>9}{'noise':>9}{'rate':>15}{'of floor':>10}"]
         rate = f"{row['rate']:,.0f} {row['unit']}"
         times = "".join(f"{row[key]:9.4f}" for key in ("median_ms", "p20_ms", "p80_ms", "noise_ms"))
-        lines.append(f"  {row['who']:18}{times}{rate:>15}{row['of_floor']:>10.0%}  {row['verdict']}")
+        memory = f", {row['extra_gib']:.3f} GiB beyond its inputs" if "extra_gib" in row else ""
+        lines.append(f"  {row['who']:18}{times}{rate:>15}{row['of_floor']:>10.0%}  {row['verdict']}{memory}")
     return "\n".join(lines[1:])
 
 
@@ -96,10 +108,24 @@ def _rows(case, repeat_ms: float, notes: list[str]) -> list[dict]:
         "limit": prediction.limit,
         "unit": unit,
     }
+    memory = {who: {"extra_gib": _peak_gib(run)} for who, run in right.items()} if case.memory else {}
     return [
-        shared | timed | {"rate": work / timed["median_ms"] / 1e6, "of_floor": floor_ms / timed["median_ms"]}
+        shared
+        | timed
+        | {"rate": work / timed["median_ms"] / 1e6, "of_floor": floor_ms / timed["median_ms"]}
+        | memory.get(timed["who"], {})
         for timed in compare(right, repeat_ms=repeat_ms)
     ]
+
+
+def _peak_gib(run) -> float:
+    """What a run allocates at its peak, its result included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def _is_right(who: str, run, case, title: str, notes: list[str]) -> bool:
@@ -114,7 +140,8 @@ def _is_right(who: str, run, case, title: str, notes: list[str]) -> bool:
     got = (got,) if isinstance(got, torch.Tensor) else got
     for ours, expected in zip(got, case.expected, strict=True):
         error = (ours.float() - expected.float()).abs().max().item()
-        allowed = TOLERANCE[case.dtype] * expected.float().abs().max().item()
+        tolerance = TOLERANCE[case.dtype] if case.tolerance is None else case.tolerance
+        allowed = tolerance * expected.float().abs().max().item()
         if not error <= allowed:  # also where it is no number
             notes.append(f"{title}: {who} is WRONG by up to {error:.3g}, allowed is {allowed:.3g}: not timed")
             return False

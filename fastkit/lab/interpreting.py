@@ -64,7 +64,7 @@ class Traced:
 
 
 def trace_parcel(parcel: Parcel, plans: list[Plan], limit: int | None, seed: int) -> Traced:
-    """Run up to `limit` programs of the parcel's launch, or all, in the interpreter; count what `plans` make of them."""
+    """Run up to `limit` programs of the parcel's launch, or all, in the interpreter; count what `plans` make of it."""
     kernel, arguments, ranges = parcel.unpack()
     if type(kernel).__name__ == "GluonJITFunction":
         kernel = interpreted(kernel)

@@ -80,7 +80,7 @@ class _Places:
     def read(self, line: str) -> None:
         if "inline asm" in line:  # within it, .loc counts the assembly's own lines
             self.in_assembly = "begin" in line
-        if not line.startswith(".loc") or self.in_assembly:
+        if not line.startswith((".loc\t", ".loc ")) or self.in_assembly:
             return
         directive, _, comment = line.partition("//")
         called = re.findall(r"([^\s\[\]@][^\[\]@]*):(\d+):(\d+)", comment)

@@ -80,7 +80,7 @@ def kernel_files() -> dict[str, Path]:
     found = {}
     for folder in map(Path, fastkit.kernels.__path__):
         for path in folder.rglob("*.py"):
-            if re.search(r"^@(triton|gluon)\.jit\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            if re.search(r"^def \w+_kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE):
                 found[".".join(path.relative_to(folder).with_suffix("").parts)] = path
     return {name: found[name] for name in sorted(found, key=lambda name: ("." in name, name))}  # ladders last
 
