@@ -175,6 +175,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, in total's dtype, fp32, and not rounded in between."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif torch.compiler.is_compiling():  # torch 2.11 cannot trace the next
+        total += torch.mm(a, b, out_dtype=total.dtype)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # the interpreter: torch has no such product on a CPU
@@ -229,7 +231,8 @@ def linear_cross_entropy(
     """cross_entropy(hidden @ weightᵀ + bias, labels), which see for the keywords, without holding the logits.
 
     hidden   [..., K], float32, float16 or bfloat16
-    weight   [V, K], hidden's dtype. No work is done for its gradient unless it requires one; that takes 4 V K bytes.
+    weight   [V, K], hidden's dtype. No work is done for its gradient unless it requires one; that takes 4 V K bytes,
+             under torch.compile twice as many.
     labels   [...], int64 or int32, shifted by the caller to be the tokens that hidden predicts
     bias     [V], hidden's dtype, or None
     kept     the rows of hidden, counted over all its leading dimensions, that go through the products: [n], int64, each

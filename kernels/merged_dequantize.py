@@ -145,11 +145,16 @@ def _merge_kernel(
     tl.store(out, w.to(w_ptr.dtype.element_ty), mask=(out_rows < M_OUT)[:, None] & (out_cols < N_OUT)[None, :])
 
 
-def _tiling(rank: int, fp32: bool) -> dict[str, int]:
-    """8192 numbers a program, 32 a thread: loads under way enough, in registers so few that an SM holds several."""
+def _tiling(rank: int, fp32: bool, fp8: bool, transposed: bool, arch: str) -> dict[str, int]:
+    """The fastest of some forty for 14336x4096 and rank 16 on an H100 that spill nothing: 0.069 ms, from fp32 adapters
+    0.076, to FP8 0.055, where the plain dequantization takes 0.056. Small programs, of which an SM holds several; as
+    one that transposes is slow with fewer than seven, its registers are limited."""
     BLOCK_R = min(64 if not fp32 else 32, max(16, 1 << (rank - 1).bit_length()))
-    BLOCK_N = 128 if fp32 else 64
-    return {"BLOCK_N": BLOCK_N, "BLOCK_K": 8192 // BLOCK_N, "BLOCK_R": BLOCK_R, "num_warps": 8}
+    if transposed or fp32:
+        fewer = {"maxnreg": 72} if arch == "sm_90" and not fp32 else {}
+        return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": BLOCK_R, "num_warps": 4} | fewer
+    BLOCK_N = 32 if fp8 else 64
+    return {"BLOCK_N": BLOCK_N, "BLOCK_K": 8192 // BLOCK_N, "BLOCK_R": BLOCK_R, "num_warps": 4}
 
 
 def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -> None:
@@ -170,7 +175,7 @@ def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -
     rank = 0 if A is None else A.shape[0]
     fp32 = A is not None and A.dtype == torch.float32
     split = fp32 and w.dtype != torch.float32 and not (w.dtype == FP8 and arch == "interpreter")  # it has no bfloat16
-    tiling = _tiling(rank, fp32) | tiling
+    tiling = _tiling(rank, fp32, w.dtype == FP8, transposed, arch) | tiling
     share = min(words_sharing(weight, K // 8), tiling["BLOCK_K"] // 8)
     grid = (-(-N // tiling["BLOCK_N"]) * -(-K // tiling["BLOCK_K"]),)
     with device_of(w):

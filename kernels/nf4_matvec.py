@@ -240,9 +240,9 @@ def nf4_matvec(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
     returns  [..., N], contiguous, in x's dtype; fp32 sums
 
     No gradient: it is for generation. Raises TypeError for another dtype, ValueError for shapes or devices that do not
-    match, NotImplementedError for a device without kernels. More rows, and those whose length is no multiple of 8,
-    take dequantize_nf4 and torch's product, as do 2 to 16 rows on GPUs before sm_80; CPU tensors take `reference` (see
-    `on_triton`).
+    match, NotImplementedError for a device without kernels. More rows, and those whose length is no multiple of 8 (of
+    16 for 2 to 16 rows in float32), take dequantize_nf4 and torch's product, as do 2 to 16 rows on GPUs before sm_80;
+    CPU tensors take `reference` (see `on_triton`).
     """
     check_floats("nf4_matvec", x=x)
     if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -258,7 +258,8 @@ def nf4_matvec(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    if M > MAX_ROWS or K == 0 or K % 8 or (M > 1 and architecture(x.device) == "sm_75"):
+    step = 16 if M > 1 and x.dtype == torch.float32 else 8  # tensor cores take 16 columns at least
+    if M > MAX_ROWS or K == 0 or K % step or (M > 1 and architecture(x.device) == "sm_75"):
         return x @ dequantize_nf4(weight, x.dtype).T
     launch(x.reshape(M, K).contiguous(), weight, y.view(M, N))
     return y

@@ -23,7 +23,7 @@ Saved for the backward: cos, sin and the position ids, the caller's own tensors.
 
 Casts: every load is converted to fp32 at once and all arithmetic is fp32; a result is rounded once, when it is stored.
 Hugging Face rounds three times, both products and their sum, after rounding cos and sin to the model's dtype: give a
-table in fp32 and the angles are exact too, at no cost, since a table's row is read once for all heads.
+table in fp32 and the angles are exact too, at little cost: a row is read for eight heads, from memory for the first.
 """
 
 import functools
@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl, triton
 
-TILE_NUMBERS = 8192  # of q and k together in one program: 32 query heads of 128 and as many key heads
+TILE_NUMBERS = 2048  # in one program: eight heads of 128 at two tokens
 MAX_D = 1024  # more than any model's head
 
 
@@ -71,41 +71,41 @@ def reference(
 
 
 @triton.jit
-def _kernel(
+def _rotate_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
     T, TABLE_ROWS, Q_HEADS, K_HEADS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_cosb, stride_cost, stride_positionb,
     stride_qob, stride_qoh, stride_qot, stride_kob, stride_koh, stride_kot,
-    HALF: tl.constexpr, REST: tl.constexpr, INVERSE: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program turns BLOCK_Q heads of q and BLOCK_K of k at BLOCK_T tokens of one sequence, by the same angles.
+    """One program turns BLOCK_H heads of q, or of k, at BLOCK_T tokens of one sequence.
 
     All its reads come before its first write: they are under way together, and the outputs may be the inputs. HALF is
     the number of pairs in a head; REST numbers behind them are copied.
     """
-    blocks_t = tl.cdiv(T, BLOCK_T)
-    group, block = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS
+    q_groups, blocks_t = tl.cdiv(Q_HEADS, BLOCK_H), tl.cdiv(T, BLOCK_T)
+    groups = q_groups + tl.cdiv(K_HEADS, BLOCK_H)
+    group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
+    in_k = group >= q_groups
     b = (block // blocks_t).to(tl.int64)  # b * stride, like heads * stride, can pass 2**31
     tokens = (block % blocks_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    in_tokens = tokens < T
+    heads = ((group - tl.where(in_k, q_groups, 0)) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
     pairs = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    q_heads = (group * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)  # [BLOCK_Q]
-    k_heads = (group * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)  # [BLOCK_K]
+    in_rows = (heads < tl.where(in_k, K_HEADS, Q_HEADS))[:, None, None] & (tokens < T)[None, :, None]
+    mask = in_rows & (pairs < HALF)[None, None, :]
 
-    q_mask = _mask(q_heads < Q_HEADS, in_tokens, pairs < HALF)
-    k_mask = _mask(k_heads < K_HEADS, in_tokens, pairs < HALF)
-    q_rows = q_ptr + b * stride_qb + _rows(q_heads, tokens, stride_qh, stride_qt)  # [BLOCK_Q, BLOCK_T, 1]
-    k_rows = k_ptr + b * stride_kb + _rows(k_heads, tokens, stride_kh, stride_kt)  # [BLOCK_K, BLOCK_T, 1]
-    q1, q2 = _load_pairs(q_rows, pairs, HALF, q_mask)  # [BLOCK_Q, BLOCK_T, BLOCK_D]
-    k1, k2 = _load_pairs(k_rows, pairs, HALF, k_mask)  # [BLOCK_K, BLOCK_T, BLOCK_D]
+    stride_b, stride_h = tl.where(in_k, stride_kb, stride_qb), tl.where(in_k, stride_kh, stride_qh)
+    stride_t = tl.where(in_k, stride_kt, stride_qt)
+    rows = _rows(tl.where(in_k, k_ptr, q_ptr), stride_b, stride_h, stride_t, b, heads, tokens)
+    x1 = tl.load(rows + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_T, BLOCK_D]
+    x2 = tl.load(rows + HALF + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)
 
     positions = tokens
     if position_ptr is not None:
-        positions = tl.load(position_ptr + b * stride_positionb + tokens, mask=in_tokens, other=0).to(tl.int64)
-    in_table = in_tokens & (positions >= 0) & (positions < TABLE_ROWS)
+        positions = tl.load(position_ptr + b * stride_positionb + tokens, mask=tokens < T, other=0).to(tl.int64)
+    in_table = (tokens < T) & (positions >= 0) & (positions < TABLE_ROWS)
     table_mask = in_table[:, None] & (pairs < HALF)[None, :]
     table = b * stride_cosb + positions[:, None] * stride_cost + pairs[None, :]  # [BLOCK_T, BLOCK_D]
     # a position that the table lacks turns what it meets into NaN, which shows; any other number would not
@@ -114,60 +114,34 @@ def _kernel(
     if INVERSE:
         sin = -sin
 
-    q_out_rows = q_out_ptr + b * stride_qob + _rows(q_heads, tokens, stride_qoh, stride_qot)
-    k_out_rows = k_out_ptr + b * stride_kob + _rows(k_heads, tokens, stride_koh, stride_kot)
-    _store_pairs(q_out_rows, pairs, HALF, q_mask, q1 * cos - q2 * sin, q2 * cos + q1 * sin)
-    _store_pairs(k_out_rows, pairs, HALF, k_mask, k1 * cos - k2 * sin, k2 * cos + k1 * sin)
+    stride_b, stride_h = tl.where(in_k, stride_kob, stride_qob), tl.where(in_k, stride_koh, stride_qoh)
+    stride_t = tl.where(in_k, stride_kot, stride_qot)
+    out_rows = _rows(tl.where(in_k, k_out_ptr, q_out_ptr), stride_b, stride_h, stride_t, b, heads, tokens)
+    dtype = q_out_ptr.dtype.element_ty
+    tl.store(out_rows + pairs[None, None, :], (x1 * cos - x2 * sin).to(dtype), mask=mask)
+    tl.store(out_rows + HALF + pairs[None, None, :], (x2 * cos + x1 * sin).to(dtype), mask=mask)
     if REST > 0:
-        rest = tl.arange(0, BLOCK_REST)  # [BLOCK_REST]
-        _copy(q_rows, q_out_rows, 2 * HALF + rest, _mask(q_heads < Q_HEADS, in_tokens, rest < REST))
-        _copy(k_rows, k_out_rows, 2 * HALF + rest, _mask(k_heads < K_HEADS, in_tokens, rest < REST))
+        rest = tl.arange(0, BLOCK_REST)[None, None, :]  # [1, 1, BLOCK_REST]
+        rest_mask = in_rows & (rest < REST)
+        others = tl.load(rows + 2 * HALF + rest, mask=rest_mask, other=0.0)
+        tl.store(out_rows + 2 * HALF + rest, others, mask=rest_mask)
 
 
 @triton.jit
-def _rows(heads, tokens, stride_h, stride_t):
-    return (heads * stride_h)[:, None, None] + (tokens * stride_t)[None, :, None]
+def _rows(ptr, stride_b, stride_h, stride_t, b, heads, tokens):
+    """Where the rows of a sequence's heads start: [BLOCK_H, BLOCK_T, 1]."""
+    return ptr + b * stride_b + (heads * stride_h)[:, None, None] + (tokens * stride_t)[None, :, None]
 
 
-@triton.jit
-def _mask(in_heads, in_tokens, in_cols):
-    return in_heads[:, None, None] & in_tokens[None, :, None] & in_cols[None, None, :]
-
-
-@triton.jit
-def _load_pairs(rows, pairs, HALF: tl.constexpr, mask):
-    x1 = tl.load(rows + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(rows + HALF + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)
-    return x1, x2
-
-
-@triton.jit
-def _store_pairs(rows, pairs, HALF: tl.constexpr, mask, y1, y2):
-    tl.store(rows + pairs[None, None, :], y1.to(rows.dtype.element_ty), mask=mask)
-    tl.store(rows + HALF + pairs[None, None, :], y2.to(rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _copy(rows, out_rows, cols, mask):
-    tl.store(out_rows + cols[None, None, :], tl.load(rows + cols[None, None, :], mask=mask, other=0.0), mask=mask)
-
-
-def _tiling(q_heads: int, k_heads: int, half: int, BLOCK_T: int = 1) -> dict[str, int]:
-    """All heads of a token in one program, or as many as TILE_NUMBERS allow; 64 numbers a thread or somewhat more.
-
-    Fewer would be too few for a 128-bit load of k where its heads are a quarter of q's.
+def _tiling(q_heads: int, k_heads: int, T: int, half: int) -> dict[str, int]:
+    """Eight heads at so many tokens that a thread has 16 numbers, two 128-bit loads in a 16-bit dtype, in 32 registers:
+    so an SM is full of threads. Fewer heads would ask for a token's angles too often; four, where eight are too many.
     """
     BLOCK_D = 1 << (half - 1).bit_length()
-    per_head, GROUPS = 2 * BLOCK_D * BLOCK_T, 1
-    while True:
-        BLOCK_Q, BLOCK_K = [1 << (-(-heads // GROUPS) - 1).bit_length() for heads in (q_heads, k_heads)]
-        numbers = (BLOCK_Q + BLOCK_K) * per_head
-        if numbers <= TILE_NUMBERS or BLOCK_Q * BLOCK_K == 1:
-            break
-        GROUPS *= 2
-    num_warps = min(8, 1 << max((numbers // (32 * 64)).bit_length() - 1, 0))
-    blocks = {"GROUPS": GROUPS, "BLOCK_T": BLOCK_T, "BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D}
-    return blocks | {"num_warps": num_warps}
+    BLOCK_H = 8 if q_heads % 8 == k_heads % 8 == 0 else 4
+    BLOCK_T = min(max(TILE_NUMBERS // (2 * BLOCK_D * BLOCK_H), 1), 1 << (T - 1).bit_length())
+    num_warps = min(8, max(1, BLOCK_H * BLOCK_T * BLOCK_D // 256))
+    return {"BLOCK_H": BLOCK_H, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
 
 
 def launch(q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = False, **tiling) -> None:
@@ -178,16 +152,17 @@ def launch(q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = Fals
     position_ids  [1, T] or [B, T], int32 or int64: the table's row for each token
 
     Any strides will do but those of the last dimensions, of position_ids too, which must be 1. q_out may be q itself,
-    and k_out k itself. `tiling` overrides BLOCK_T and num_warps. The backward is `inverse` of dq and dk.
+    and k_out k itself. `tiling` overrides BLOCK_H, BLOCK_T and num_warps. The backward is `inverse` of dq and dk.
     """
     (B, q_heads, T, D), k_heads, rotary = q.shape, k.shape[1], cos.shape[-1]
     if B * T * D * (q_heads + k_heads) == 0:
         return
-    tiling = _tiling(q_heads, k_heads, rotary // 2, tiling.pop("BLOCK_T", 1)) | tiling
+    tiling = _tiling(q_heads, k_heads, T, rotary // 2) | tiling
     rest = 0 if q_out is q and k_out is k else D - rotary
-    grid = (B * -(-T // tiling["BLOCK_T"]) * tiling["GROUPS"],)
+    groups = sum(-(-heads // tiling["BLOCK_H"]) for heads in (q_heads, k_heads))
+    grid = (B * -(-T // tiling["BLOCK_T"]) * groups,)
     with device_of(q):
-        _kernel[grid](
+        _rotate_kernel[grid](
             q, k, cos, sin, position_ids, q_out, k_out,
             T, cos.shape[-2], q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3],

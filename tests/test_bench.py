@@ -18,7 +18,7 @@ def test_without_a_gpu(capsys):
     assert main(["bench", "rms_norm", "--json"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "need a GPU; recorded ones are in data/results: " in captured.err
-    assert "kernels_rms_norm_swiglu" in captured.err and captured.err.count("\n") == 1
+    assert "ladders_h100" in captured.err and captured.err.count("\n") == 1
 
 
 def test_unknown_names_and_flags(capsys):

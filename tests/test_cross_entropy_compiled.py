@@ -1,5 +1,10 @@
 """The code that the cross-entropies compile to, the bytes that it moves, and what their costs say of both."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from compiled import compile_all, faults
@@ -97,3 +102,38 @@ def test_compiled_scale(arch):
     for compiled in compile_all(lambda: linear_cross_entropy.launch_scale(x, factor), arch):
         found = [fault for fault in faults(compiled, narrow=1) if "spills" not in fault]
         assert not found and not misfit(compiled) and compiled.shared_bytes == 0
+
+
+CHILD = """
+import torch, torch.utils._triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.utils._triton.has_triton = lambda *a: True  # no GPU, but what would be traced with one
+from fastkit.kernels import cross_entropy, linear_cross_entropy
+for module in (cross_entropy, linear_cross_entropy):
+    module.on_triton, module.sm_count = lambda *a: True, lambda device: 132
+
+def backend(graph, inputs):
+    print("traced")
+    return graph.forward
+
+def trace(function, *arguments):
+    try:
+        torch.compile(function, backend=backend, fullgraph=True)(*arguments)
+    except BaseException as error:  # it cannot run
+        print(type(error).__module__)
+
+with FakeTensorMode():
+    options = {"device": "cuda", "dtype": torch.float16, "requires_grad": True}
+    logits, hidden, weight = (torch.empty(shape, **options) for shape in ((64, 1000), (64, 128), (1000, 128)))
+    labels = torch.empty(64, device="cuda", dtype=torch.int64)
+    trace(cross_entropy.cross_entropy, logits, labels)
+    trace(linear_cross_entropy.linear_cross_entropy, hidden, weight, labels)
+"""
+
+
+def test_torch_compile_takes_them_in_one_graph_each():
+    """Forward and backward, the head trained too: torch 2.11 cannot trace every product that it can run."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    child = subprocess.run([sys.executable, "-c", CHILD], cwd=root, capture_output=True, text=True, env=environment)
+    assert child.stdout.split().count("traced") == 2, child.stdout + child.stderr

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import lora as module
+from fastkit.kernels import lora_passes as passes
 from fastkit.lab.portability import misfit
 from fastkit.lab.tracer import trace_launches
 from fastkit.ops import lora_gradients
@@ -43,7 +44,8 @@ def check(x, dys, As, Bs, scalings, gradients=lora_gradients):
 @pytest.mark.parametrize(
     ("M", "K", "Ns", "ranks"),
     [(1, 1, [1], [1]), (64, 128, [64], [16]), (77, 130, [33, 100, 5], [4, 16, 1]), (150, 300, [700, 64], [64, 8]),
-     (130, 40, [50], [256]), (200, 36, [20], [40])],
+     (130, 40, [50], [256]), (200, 36, [20], [40]), (90, 48, [70, 600, 9], [5, 5, 5]), (70, 40, [30] * 5, [8] * 5),
+     (66, 24, [50, 20], [48, 48])],
 )  # fmt: skip
 def test_close_to_the_truth(M, K, Ns, ranks, adapter_dtype, dtype, device):
     check(*inputs(M, K, Ns, ranks, dtype, device, adapter_dtype))
@@ -146,31 +148,68 @@ def test_wrong_kernels_are_caught(wrong):
         check(*given, WRONG[wrong])
 
 
-def launches(M, K, N, r, dtype):
-    x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
-    A, B = torch.empty(r, K, dtype=dtype), torch.empty(N, r, dtype=dtype)
-    module.launch(x, [dy], A, [B], [2.0], torch.empty_like(A), [torch.empty_like(B)])
+def test_rows_of_one_tensor_are_taken_as_they_lie(device, monkeypatch):
+    """As and Bs side by side in memory, as flat parameters are, cost no copy; the gradients are the same."""
+    given = x, dys, As, Bs, scalings = inputs(40, 64, [32, 16], [4, 4], torch.float16, device)
+    plain = lora_gradients(*given)
+    flat = torch.cat([t.flatten() for t in (*As, *Bs)])
+    parts = flat.split([t.numel() for t in (*As, *Bs)])
+    views = [part.view(t.shape) for part, t in zip(parts, (*As, *Bs), strict=True)]
+    monkeypatch.setattr(torch, "cat", None)
+    ours = lora_gradients(x, dys, views[:2], views[2:], scalings)
+    assert all(torch.equal(a, b) for pair in zip(ours, plain, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def launches(M, K, Ns, r, dtype, adapter_dtype=None, device="cpu"):
+    x, *dys = (torch.empty(M, size, dtype=dtype, device=device) for size in (K, *Ns))
+    A = torch.empty(len(Ns) * r, K, dtype=adapter_dtype or dtype, device=device)
+    B = torch.empty(sum(Ns), r, dtype=adapter_dtype or dtype, device=device)
+    passes.launch(x, dys, A, B, [2.0] * len(Ns), torch.empty_like(A), torch.empty_like(B))
+
+
+def compiled_for(arch, monkeypatch, *case):
+    """The code of the tiles that are chosen on a GPU of `arch`."""
+    monkeypatch.setattr(passes, "architecture", lambda device: arch)
+    return compile_all(lambda: launches(512, *case, device="meta"), arch)
 
 
 @pytest.mark.parametrize("r", [16, 256])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
-def test_compiled_code(arch, r):
-    made = compile_all(lambda: launches(512, 4096, 1024, r, torch.bfloat16), arch)
+def test_compiled_code(arch, r, monkeypatch):
+    made = compiled_for(arch, monkeypatch, 4096, [1024, 4096], r, torch.bfloat16)
+    assert len(made) == (5 if r == 16 else 6)
     assert not [compiled.kernel for compiled in made if misfit(compiled) or compiled.spilled_bytes]
     for compiled in made:
-        if compiled.kernel != "_sum_kernel":  # x and dy go to shared memory by 128 bits a lane, past the registers
-            assert "cp.async.128" in compiled.instructions and {"HMMA", "WGMMA"} & set(compiled.instructions)
+        if "_add_" not in compiled.kernel:  # x and dy come by 128 bits a lane
+            assert {"HMMA", "WGMMA"} & set(compiled.instructions)
+            assert {"cp.async.128", "ld.global.128"} & set(compiled.instructions)
 
 
-def test_compiled_code_in_fp32():
-    made = compile_all(lambda: launches(512, 4096, 1024, 16, torch.float32), "sm_90")
-    assert not any(map(misfit, made))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "r"),
+    [(torch.bfloat16, torch.float32, 16), (torch.bfloat16, torch.float32, 32), (torch.float32, torch.float32, 32)],
+    ids=str,
+)
+def test_what_fits_the_least(dtype, adapter_dtype, r, arch, monkeypatch):
+    """Most registers and shared memory: adapters as the sums of two, or fp32, as the widest of all that is fused."""
+    made = compiled_for(arch, monkeypatch, 4096, [14336, 14336], r, dtype, adapter_dtype)
+    assert not [f"{compiled.kernel} {why}" for compiled in made if (why := misfit(compiled))]
+
+
+def test_nothing_passes_through_registers_on_hopper(monkeypatch):
+    """The loop over dy has no load of its own and no conversion: tiles go from memory to the tensor cores."""
+    made = compiled_for("sm_90", monkeypatch, 4096, [14336, 14336], 16, torch.bfloat16)
+    code = next(compiled.ttgir for compiled in made if compiled.kernel == "_reduce_kernel")
+    loop = code[code.index("scf.for") : code.index("scf.yield")]
+    assert loop.count("ttng.warp_group_dot ") == 3
+    assert not {"tt.load", "ttg.local_load", "ttg.local_alloc", "arith.truncf"} & set(loop.split())
 
 
 def test_x_twice_and_dy_once():
     M, K, N, r = 256, 512, 1024, 16
-    traces = trace_launches(lambda: launches(M, K, N, r, torch.bfloat16), arch="sm_90", programs=4096)
-    moved = [a.bytes_moved for t in traces for a in t.accesses if a.argument in ("x_ptr", "y_ptr")]
+    traces = trace_launches(lambda: launches(M, K, [N], r, torch.bfloat16), arch="sm_90", programs=4096)
+    moved = [a.bytes_moved for t in traces for a in t.accesses if a.argument in ("x_ptr", "y0_ptr")]
     assert sorted(moved) == [2 * M * K, 2 * M * K, 2 * M * N]
 
 

@@ -29,8 +29,8 @@ MATRIX_UNITS = {
     "sm_80": {"HMMA"},
     "sm_86": {"HMMA"},
     "sm_89": {"HMMA"},
-    "sm_90": {"WGMMA"},
-    "sm_100": {"TCGEN05"},
+    "sm_90": {"WGMMA", "HMMA"},  # HMMA for tiles of fewer than 64 rows
+    "sm_100": {"TCGEN05", "HMMA"},
     "sm_120": {"HMMA"},
     "gfx942": {"MFMA"},
     "gfx1100": {"WMMA"},
@@ -175,7 +175,7 @@ def test_errors(monkeypatch, tmp_path):
     with pytest.raises(FastkitError, match="architecture 'sm_70'"):
         check(pipelined(), "sm_70")
     (tmp_path / "silent.py").write_text(
-        "from fastkit.kernels.common import triton\n\n\n@triton.jit\ndef k():\n    pass\n"
+        "from fastkit.kernels.common import triton\n\n\n@triton.jit\ndef k_kernel():\n    pass\n"
     )
     monkeypatch.setattr(fastkit.kernels, "__path__", [*fastkit.kernels.__path__, str(tmp_path)])
     with pytest.raises(FastkitError, match=r"kernels/silent\.py has no examples\(dtype\)"):

@@ -50,4 +50,4 @@ def test_one_graph_each():
         text=True,
         env=environment,
     )
-    assert child.stdout.split() == ["1", "1", "1", "1", "1", "6"], child.stderr
+    assert child.stdout.split() == ["1", "1", "1", "1", "1", "5"], child.stderr

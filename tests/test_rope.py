@@ -1,6 +1,5 @@
 import pytest
 import torch
-from compiled import compile_all, faults
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
@@ -8,8 +7,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fastkit.kernels import rope as module
-from fastkit.lab.portability import misfit
-from fastkit.lab.tracer import trace_launches
 from fastkit.ops import rope, rope_
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
@@ -332,62 +329,6 @@ def test_wrong_kernels_are_caught(wrong):
     check(lambda q, k, c, s, p: module.reference(q, k, c, s), q, k, cos, sin)
     with pytest.raises(AssertionError, match="error"):
         check(WRONG[wrong], q, k, cos, sin)
-
-
-def test_cost():
-    forward, backward = module.cost(2, 16, 4, 2, 64)
-    assert forward == backward
-    assert forward.bytes_moved == 2 * 2 * 6 * 16 * 64 * 2 + 16 * 64 * 4 and forward.flops == 3 * 2 * 6 * 16 * 64
-
-
-def launches(dtype, q_heads=32, k_heads=8, D=128, device="meta"):
-    q, k = inputs(1, q_heads, k_heads, 8, D, dtype, device)
-    cos, sin = (torch.empty(8, D, device=device) for _ in range(2))
-    module.launch(q, k, cos, sin, torch.empty_like(q), torch.empty_like(k))
-
-
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "gfx942"])
-def test_compiled_code(arch):
-    """Nothing spilled, and q and k by 128-bit accesses; the table's one row a program may come by narrower ones."""
-    (compiled,) = compile_all(lambda: launches(torch.float16), arch)
-    assert not misfit(compiled) and not compiled.spilled_bytes
-    if arch.startswith("sm"):
-        assert not faults(compiled, narrow=2)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [((40, 40, 128), torch.bfloat16), ((32, 8, 128), torch.float32), ((16, 16, 256), torch.bfloat16)],
-    ids=str,
-)
-def test_compiled_code_of_other_models(sizes, dtype):
-    (compiled,) = compile_all(lambda: launches(dtype, *sizes), "sm_90")
-    assert not faults(compiled, narrow=2)
-
-
-def test_one_number_compiles():
-    """Triton makes constants of arguments that are 1."""
-    assert len(compile_all(lambda: launches(torch.bfloat16, 1, 1, 2), "sm_90")) == 1
-
-
-@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
-def test_moves_what_it_declares(layout):
-    """One launch, every sector asked for once and whole; each row of the table is read once for all heads."""
-    B, T, D = 2, 16, 128
-    q, k = inputs(B, 32, 8, T, D, torch.float16, "cpu")
-    if layout == "heads first":
-        q, k = q.contiguous(), k.contiguous()
-    cos, sin = table(T, D, "cpu")
-    outputs = torch.empty_like(q), torch.empty_like(k)
-    (trace,) = trace_launches(lambda: module.launch(q, k, cos, sin, *outputs), arch="sm_90")
-    assert all(access.efficiency == 1 for access in trace.accesses if not access.unknown)
-    moved = {a.argument: 0 for a in trace.accesses}
-    for access in trace.accesses:
-        moved[access.argument] += access.bytes_moved
-    tensors = {"q_ptr": q, "k_ptr": k, "q_out_ptr": q, "k_out_ptr": k}
-    assert {name: moved[name] for name in tensors} == {name: x.nbytes for name, x in tensors.items()}
-    table_rows = moved["cos_ptr"] / (D // 2 * 4)
-    assert table_rows <= trace.num_warps * B * T  # asked for by each warp, once
 
 
 @pytest.mark.gpu

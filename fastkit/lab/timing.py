@@ -12,7 +12,7 @@ from fastkit.errors import FastkitError
 EVENT_RESOLUTION_MS = 0.0005  # CUDA's documentation of cudaEventElapsedTime
 AMD_CACHE_MIB = 256  # MI300X's Infinity Cache, behind the L2 that the driver reports
 MAX_RUNS = 500  # of one series
-HEAD_START = 1.5  # times the host's part of a run that the GPU is kept busy before it
+HEAD_START = 2.0  # times the host's part of a run that the GPU is kept busy before it
 
 Functions = Callable | Sequence[Callable]
 
@@ -170,9 +170,11 @@ class _Contender:
         if graphed:
             self._capture()
             self.ms = _event_ms(self.call, 1)
-        self.launch_us = _host_us(self.call, max(1, min(20, int(20 / max(self.ms, 1e-3)))))
+        calls = max(1, min(20, int(20 / max(self.ms, 1e-3))))
+        self.launch_us = _host_us(self.call, calls)
+        host_us = _host_us(self._between_events, calls)  # events too take their time, which an empty kernel does not
         # not without end, should the function wait for the GPU itself
-        self.passes = max(1, min(50, math.ceil(HEAD_START * self.launch_us / max(cold.us, 1.0))))
+        self.passes = max(1, min(50, math.ceil(HEAD_START * host_us / max(cold.us, 1.0))))
 
     def _capture(self) -> None:
         """A graph of about a millisecond, every function in it as often as any other."""
@@ -207,12 +209,15 @@ class _Contender:
         return max(3, min(MAX_RUNS, int(repeat_ms / 2 / (self.ms + self.passes * self.cold.us / 1e3))))
 
     def run(self, series: list) -> None:
+        series.append(self._between_events(len(series), self.passes))  # both series rotate alike
+
+    def _between_events(self, turn: int = 0, passes: int = 0) -> tuple:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cold.make(self.passes)
+        self.cold.make(passes)
         start.record()
-        self.call(len(series))  # both series rotate alike
+        self.call(turn)
         end.record()
-        series.append((start, end))
+        return start, end
 
     def timing(self) -> Timing:
         halves = [

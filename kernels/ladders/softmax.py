@@ -5,12 +5,13 @@ the first exponential is taken, without which exp(89) overflows fp32, and the su
 a row is wanted three times, and the rungs differ in where it is in the meantime:
 
 three_pass  Read from memory three times: for the maximum, for the sum, for the result. 4 transfers where 2 are due.
-fused       The row stays in registers from its first load to its last store: 2 transfers, as little as can be, for rows
-            that fit there.
-online      For any length: maximum and sum in one pass (Milakov & Gimelshein 2018, arXiv:1805.02867). When the running
-            maximum grows, what has been summed so far is scaled down to the new one. 3 transfers.
-persistent  The fused rung again, but a program handles row after row, and the next one's load leaves before this one is
-            done: memory works while the program waits for its reductions.
+online      Maximum and sum in one pass (Milakov & Gimelshein 2018, arXiv:1805.02867). When the running maximum grows,
+            what has been summed so far is scaled down to the new one. 3 transfers, for rows of any length.
+persistent  The row stays in registers from its first load to its last store: 2 transfers, as little as can be, for rows
+            that fit there. A program handles row after row, and the next one's load leaves before this one is done, so
+            that memory works while the program waits for its reductions.
+fused       The same with a program a row, and no plan at all: an SM holds several, and while one waits for a reduction
+            the others load. The hardware overlaps them better than the loop did (H100, 4096x16384: 0.183 ms, 0.192).
 
 A row of -inf alone, or one that holds inf or nan, gives nan, as in torch.
 
@@ -160,12 +161,12 @@ def _too_long(x, y) -> str:
 
 RUNGS = (
     Rung("three_pass", "each row is read three times, for maximum, sum and result: 4 transfers", launch_three_pass),
-    Rung("fused", "the row stays in registers in between: 2 transfers, the least", launch_fused, refuses=_too_long),
     Rung("online", "maximum and sum in one pass, for rows of any length: 3 transfers", launch_online),
     Rung(
-        "persistent", "row after row, the next one loading while this one is reduced", launch_persistent,
-        refuses=_too_long,
+        "persistent", "the row stays in registers, 2 transfers, and the next one loads while it is reduced",
+        launch_persistent, refuses=_too_long,
     ),
+    Rung("fused", "a program a row: the hardware overlaps loads and reductions", launch_fused, refuses=_too_long),
 )  # fmt: skip
 
 
