@@ -1,5 +1,6 @@
 # make demo   fine-tune a real model on this machine, through notebook 17; leaves runs/demo/
-# make test   every test and every notebook: `make code` is pytest with papermill, `make notebooks` is nbval
+# make test   every test and every notebook: `make code` is pytest with papermill, `make architectures` compiles every
+#             kernel for every architecture, `make notebooks` is nbval
 # make lab    JupyterLab on the course
 # Each makes its own virtual environment in .venv first. PYTHON=... names another interpreter, VENV=... another folder.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: demo test code notebooks lint lab clean
+.PHONY: demo test code architectures notebooks lint lab clean
 
 demo: $(VENV)/.installed
 	mkdir -p runs
@@ -18,7 +19,7 @@ demo: $(VENV)/.installed
 	mv runs/17_finetune.ipynb runs/demo/
 	@echo "runs/demo/ holds the executed notebook, the adapter and metrics.json"
 
-test: lint code notebooks
+test: lint code architectures notebooks
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -26,6 +27,9 @@ lint: $(VENV)/.installed
 
 code: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+architectures: $(VENV)/.installed
+	$(BIN)/python -m pytest -m architectures tests/test_portability.py
 
 notebooks: $(VENV)/.installed
 	rm -rf build/notebooks

@@ -279,7 +279,7 @@ HALF, SINGLE = torch.zeros(64, 64, dtype=torch.float16), torch.zeros(64, 64)
         ("sm_90", matmuls, (HALF[:, :0], HALF[:0], HALF), "pipelined"),
         ("gfx942", transposes, (SINGLE, SINGLE), "automatic"),
         ("sm_75", transposes, (SINGLE, SINGLE), transposes.RUNGS[-1].name),
-        ("gfx1100", softmaxes, (SINGLE, SINGLE), "persistent"),
+        ("gfx1100", softmaxes, (SINGLE, SINGLE), "fused"),
         ("sm_90", softmaxes, (torch.empty(1, 40000), torch.empty(1, 40000)), "online"),
         ("sm_75", copies, (SINGLE, SINGLE), "vectorised"),
     ],

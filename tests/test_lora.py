@@ -13,7 +13,7 @@ from fastkit.models import add_lora, load, load_adapter
 from fastkit.models.bnb import bnb, dense_on_cpu
 from fastkit.models.chat import answer, plain_prompt
 from fastkit.models.lora import PROJECTIONS
-from fastkit.models.patch import patch, unpatch
+from fastkit.models.patch import Report, patch, unpatch
 
 # --- LoRA
 
@@ -126,7 +126,7 @@ def test_an_evaluation_does_not_cut_the_gradient(folders):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_patch(folders, arch, monkeypatch):
+def test_patch_of_the_parts_alone(folders, arch, monkeypatch):
     monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)  # the references: the kernels have their own tests
     model = add_lora(load(str(folders[arch]), device="cpu")[0], rank=2)
     for name, p in model.named_parameters():
@@ -135,8 +135,9 @@ def test_patch(folders, arch, monkeypatch):
     expected, expected_gradients = logits(model), gradients(model)
     layers = SHAPE["num_hidden_layers"]
     norms = 1 + layers * (4 if arch == "qwen3" else 2)  # Qwen3 normalizes q and k too
-    assert patch(model) == {"rms_norm": norms, "swiglu": layers}
-    assert patch(model) == {"rms_norm": 0, "swiglu": 0}
+    report = patch(model, layers=False)
+    assert (report.layers, report.norms, report.mlps, report.left) == (0, norms, layers, {})
+    assert patch(model, layers=False) == Report()  # nothing twice
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)

@@ -39,7 +39,10 @@ MATRIX_UNITS = {
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
-    """Everything, for all architectures: some minutes; seconds where Triton's cache, keyed by the source, has it."""
+    """Everything, for all architectures: some minutes; seconds where Triton's cache, keyed by the source, has it.
+
+    Hence the mark: `make architectures` runs what needs it, plain pytest does not.
+    """
     return rows()
 
 
@@ -63,10 +66,12 @@ def odd_kernel(x_ptr):
     tl.store(x_ptr + tl.arange(0, 100), 0.0)  # which has to be a power of two
 
 
+@pytest.mark.architectures
 def test_every_kernel_fits_or_says_what_runs_instead(report):
     assert not unanswered(report), table(unanswered(report))
 
 
+@pytest.mark.architectures
 def test_nothing_is_left_out(report):
     assert {"rms_norm", "swiglu", "ladders.copy", "ladders.matmul"} <= set(kernel_files())
     for name, path in kernel_files().items():
@@ -77,6 +82,7 @@ def test_nothing_is_left_out(report):
             assert list(dict.fromkeys(row["arch"] for row in of(mine, case=case))) == list(ARCHITECTURES)
 
 
+@pytest.mark.architectures
 def test_figures(report):
     for row in report:
         if row["registers"] is None:
@@ -89,6 +95,7 @@ def test_figures(report):
         assert row["arch"] != "sm_75" or row["dtype"] != "bfloat16"
 
 
+@pytest.mark.architectures
 def test_tensor_cores_work_where_there_are_any(report):
     for arch, units in MATRIX_UNITS.items():
         used = Counter()
@@ -106,6 +113,7 @@ def test_tensor_cores_work_where_there_are_any(report):
     assert row["instructions"]["TMA load"] and "cp.async.128" not in row["instructions"]
 
 
+@pytest.mark.architectures
 def test_wide_loads_in_the_model_s_kernels(report):
     mine = [row for row in report if row["kernel"] in ("rms_norm", "swiglu") and row["arch"] != "gfx942"]
     assert len(mine) == 8 * 8
@@ -198,6 +206,7 @@ def test_the_table(capsys):
     assert re.search(r"sm_89 +_forward_kernel +bf16 +\d+ +0 +0\.0/99 +4 +100%  warps +ld\.global\.128 st\.gl", text)
 
 
+@pytest.mark.architectures
 def test_json(capsys, report):
     assert main(["compile", "rms_norm", "swiglu", "--arch", "sm_90", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

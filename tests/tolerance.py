@@ -7,12 +7,16 @@ whatever the dtype of its output. That much, relative to the largest (the mean) 
 additions and a GPU's approximations of exp and rsqrt. It is far below one rounding to fp16 or bf16: truncating where
 one should round, or rounding twice where torch rounds once, fails the test.
 
+The largest of many roundings is a matter of luck, too: of two that are equally good, each is ahead by some percent half
+of the time. So 5% more than torch's largest error is no worse; their mean leaves no such room.
+
 Where terms cancel, the result is smaller than they are, but not its error: pass the size of the terms as `scale`.
 """
 
 import torch
 
 SLACK = 8 * torch.finfo(torch.float32).eps
+LUCK = 1.05
 
 
 def assert_as_close_as_torch(ours, theirs, truth, name: str = "result", scale: torch.Tensor | None = None) -> None:
@@ -26,7 +30,7 @@ def assert_as_close_as_torch(ours, theirs, truth, name: str = "result", scale: t
     scale = truth if scale is None else scale.cpu()
     assert truth.isfinite().all() and theirs.isfinite().all(), f"{name}: torch's own result is no yardstick"
     assert ours.isfinite().all(), f"{name}: {(~ours.isfinite()).sum()} of {ours.numel()} numbers are not finite"
-    for kind, measure in (("largest", torch.max), ("mean", torch.mean)):
+    for kind, measure, luck in (("largest", torch.max, LUCK), ("mean", torch.mean, 1.0)):
         error, their_error = measure((ours - truth).abs()), measure((theirs - truth).abs())
-        allowed = their_error + SLACK * measure(scale.abs())
+        allowed = luck * their_error + SLACK * measure(scale.abs())
         assert error <= allowed, f"{name}: {kind} error {error:.3e}, torch's {their_error:.3e}, allowed {allowed:.3e}"

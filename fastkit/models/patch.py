@@ -1,48 +1,148 @@
-"""Run a transformers model's norms and gated MLPs through fastkit's kernels, and give it back as it was."""
+"""Run a transformers model's decoder layers through fastkit's kernels while it learns, and give it back as it was."""
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
+from torch import nn
+
+from fastkit.models.fused_layer import MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
+from fastkit.models.plans import Plan, plan_of
+from fastkit.models.projection import Refusal
 from fastkit.ops import rms_norm, swiglu
 
 
-def patch(model) -> dict[str, int]:
-    """Replace the forward of each RMSNorm and each SwiGLU MLP of `model` by one that calls fastkit's kernels.
+@dataclass
+class Report:
+    """What `patch` took.
 
-    Only this model object changes: a `forward` attribute on the modules, nothing global. Returns how many of each
-    were replaced. A second call replaces nothing more; `unpatch` takes them off again.
+    layers     decoder layers that run as two fused halves
+    norms      RMSNorms outside of these, by their kernel
+    mlps       SwiGLU MLPs outside of these, by their kernel
+    left       what was not taken, by its name, and why
+    notes      what was taken in a way worth knowing, by its name
     """
-    counts = {"rms_norm": 0, "swiglu": 0}
-    for module in model.modules():
-        if "forward" in vars(module):  # patched already, by us or by somebody else
-            continue
-        if _is_rms_norm(module):
-            module.forward = types.MethodType(_rms_norm_forward, module)
-            counts["rms_norm"] += 1
-        elif _is_swiglu_mlp(module):
-            module.forward = types.MethodType(_swiglu_mlp_forward, module)
-            counts["swiglu"] += 1
-    return counts
+
+    layers: int = 0
+    norms: int = 0
+    mlps: int = 0
+    left: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """For metrics.json."""
+        return {
+            "layers": self.layers,
+            "rms_norm": self.norms,
+            "swiglu": self.mlps,
+            "left": dict(self.left),
+            "notes": dict(self.notes),
+        }
+
+    def __str__(self) -> str:
+        counts = ((self.layers, "fused layer"), (self.norms, "norm"), (self.mlps, "MLP"))
+        lines = ["fastkit runs " + ", ".join(f"{n} {what}" + "s" * (n != 1) for n, what in counts)]
+        lines += [f"  not {name}: {why}" for name, why in self.left.items()]
+        lines += [f"  {name}: {what}" for name, what in self.notes.items()]
+        return "\n".join(lines)
 
 
-def unpatch(model) -> None:
-    """Take every forward that `patch` set off `model` again."""
+def patch(model: nn.Module, plan: str | Plan | None = None, layers: bool = True) -> Report:
+    """Let `model`, of transformers or peft, learn through fastkit's kernels; only this object changes.
+
+    Each decoder layer of Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 becomes two halves with a backward of their own (see
+    `attention_half.py`, `mlp_half.py`); where one cannot, its norms and its SwiGLU MLP take their kernels, like the
+    norms outside of layers. `forward` is set on these modules and nothing else, so saving, merging and switching of
+    adapters, Trainer and generation go on as they were. It acts where gradients are enabled: without, as in `generate`,
+    every module runs its own forward, bit by bit.
+
+    plan    what layers keep for their backward, of `plans.py`; None: everything or, with gradient checkpointing turned
+            on, now or later, their input alone
+    layers  False: no layer is fused; all norms and SwiGLU MLPs take their kernels
+    returns what was taken, and what was not and why. A second call takes nothing more.
+
+    Raises FastkitError for an unknown plan.
+    """
+    shared, report = Shared(None if plan is None else plan_of(plan)), Report()
+    within: set[nn.Module] = set()  # modules of fused layers
+    for name, module in model.named_modules():
+        if module in within or isinstance(vars(module).get("forward"), FusedLayer):
+            within.update(module.modules())
+        elif layers and is_decoder_layer(module):
+            if why := _why_not(module, name, report):
+                report.left[name] = why
+            else:
+                module.forward = FusedLayer(module, shared)
+                within.update(module.modules())
+                report.layers += 1
+        elif (forward := _kernel_forward(module)) is not None:
+            if "forward" not in vars(module):
+                module.forward = types.MethodType(forward, module)
+                report.norms += forward is _rms_norm_forward
+                report.mlps += forward is _swiglu_mlp_forward
+            elif not _is_ours(module):
+                report.left[name] = "somebody else replaced its forward"
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take every forward that `patch` set off `model` again; all else is as it was, for nothing else was touched."""
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) in (_rms_norm_forward, _swiglu_mlp_forward):
+        if _is_ours(module):
             del module.forward
 
 
-def _is_rms_norm(module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+@contextmanager
+def patched(model: nn.Module, plan: str | Plan | None = None) -> Iterator[Report]:
+    """`patch` for the length of a with statement. Parts that were patched before stay so after it."""
+    before = {module for module in model.modules() if _is_ours(module)}
+    try:
+        yield patch(model, plan)
+    finally:
+        for module in model.modules():
+            if module not in before and _is_ours(module):
+                del module.forward
 
 
-def _is_swiglu_mlp(module) -> bool:
-    projections = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
-    return projections and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+def _why_not(layer: nn.Module, name: str, report: Report) -> str | None:
+    """Why `layer` cannot be fused, or None; notes what is worth knowing of one that can."""
+    if "forward" in vars(layer):
+        return "somebody else replaced its forward"
+    try:
+        read_layer(layer)
+    except Refusal as why:
+        return str(why)
+    for child, module in layer.named_modules():
+        if p := max(
+            (d.p for d in getattr(module, "lora_dropout", {}).values() if isinstance(d, nn.Dropout)), default=0
+        ):
+            report.notes[f"{name}.{child}"] = f"LoRA dropout {p}: two products instead of a merged weight"
+    return None
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    kernels = (_rms_norm_forward, _swiglu_mlp_forward)
+    return isinstance(forward, FusedLayer) or getattr(forward, "__func__", None) in kernels
+
+
+def _kernel_forward(module: nn.Module):
+    """The forward by a kernel of a norm or an MLP; None for other modules."""
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return _rms_norm_forward
+    gated = all(hasattr(module, name) for name in MLP) and is_silu(getattr(module, "act_fn", None))
+    return _swiglu_mlp_forward if gated else None
 
 
 def _rms_norm_forward(self, hidden_states):
+    if not torch.is_grad_enabled():
+        return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _swiglu_mlp_forward(self, x):
+    if not torch.is_grad_enabled():
+        return type(self).forward(self, x)
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

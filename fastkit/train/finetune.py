@@ -74,7 +74,7 @@ class FineTune:
         if use_kernels:
             from fastkit.models.patch import patch
 
-            self.metrics["kernels"] = patch(self.model)
+            self.metrics["kernels"] = patch(self.model, layers=False).as_dict()  # fused ones are yet to be measured
         self.folder = run_folder.claim(config)
         columns = ["input_ids", "labels"]
         self.trainer = trainer_.build(

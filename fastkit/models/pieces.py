@@ -1,0 +1,217 @@
+"""The elementwise pieces and the attention of a decoder layer, each forward and backward, without autograd.
+
+Each runs the launchers of its kernel file where `on_triton` says so, and otherwise that file's torch reference, in
+fp32; its backward then differentiates the reference. The maths stands in the kernel files.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fastkit.kernels import rms_norm, rope, swiglu
+from fastkit.kernels.attention_backward import launch_backward
+from fastkit.kernels.attention_choice import choose
+from fastkit.kernels.attention_forward import lacking, launch_forward
+from fastkit.kernels.common import architecture, as_rows, on_triton
+from fastkit.models.sequences import Packed
+from fastkit.ops import attention, attention_varlen
+
+
+class Norm(NamedTuple):
+    """An RMSNorm's weight [N] and epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+def _differentiated(function: Callable, inputs: list, douts: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+    """The gradients of function(*inputs) in its inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        return torch.autograd.grad(function(*inputs), inputs, douts)
+
+
+# --- RMSNorm
+
+
+def norm(x: torch.Tensor, weight: Norm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [..., N] in `dtype`, contiguous; rstd [rows] in fp32) of x [..., N]."""
+    if on_triton("rms_norm", "x", x):
+        rows = as_rows(x)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        rms_norm.launch_forward(rows, weight.weight, weight.eps, as_rows(y), rstd)
+        return y, rstd
+    rows = x.float()
+    rstd = torch.rsqrt(rows.square().mean(-1) + weight.eps).flatten()
+    return rms_norm.reference(rows, weight.weight, weight.eps).to(dtype), rstd
+
+
+def norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: Norm, rstd: torch.Tensor,
+    dresidual: torch.Tensor | None = None, weight_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(dx in x's dtype, with dresidual added; dweight or None). Overwrites dy [..., N], contiguous, if dx fits it."""
+    if on_triton("rms_norm", "x", x):
+        fits = dy.dtype == x.dtype and x.shape[-1] <= rms_norm.MAX_BLOCK_N
+        dx = dy if fits else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        residual = None if dresidual is None else as_rows(dresidual)
+        return dx, rms_norm.launch_backward(
+            as_rows(dy), as_rows(x), weight.weight, rstd, as_rows(dx), weight_grad, residual
+        )
+    dx, dweight = _differentiated(
+        lambda x, w: rms_norm.reference(x, w, weight.eps), [x.float(), weight.weight.float()], dy.float()
+    )
+    dx = dx if dresidual is None else dx + dresidual.float()
+    return dx.to(x.dtype), dweight.to(weight.weight.dtype) if weight_grad else None
+
+
+# --- RoPE
+
+
+def rotate_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:
+    """Turn q [B, H, T, D] and k [B, H_k, T, D] in place by cos and sin [B or 1, T, R], or back by them.
+
+    Back is also the backward: of dq and dk."""
+    if on_triton("rope", "q", q):
+        rope.launch(q, k, cos, sin, q, k, inverse=inverse)
+        return
+    for x, turned in zip((q, k), rope.reference(q, k, cos, -sin if inverse else sin), strict=True):
+        x.copy_(turned)
+
+
+# --- SwiGLU
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [M, N], of gate_up [M, 2 N]."""
+    gate, up = gate_up.chunk(2, 1)
+    if not on_triton("swiglu", "gate", gate):
+        return swiglu.reference(gate, up)
+    a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    swiglu.launch_forward(gate, up, a)
+    return a
+
+
+def gated_backward_(da: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """dgate and dup [M, 2 N], given da [M, N], written over gate_up."""
+    gate, up = gate_up.chunk(2, 1)
+    if on_triton("swiglu", "gate", gate):
+        swiglu.launch_backward(da, gate, up, gate, up)
+    else:
+        for x, dx in zip((gate, up), _differentiated(swiglu.reference, [gate, up], da), strict=True):
+            x.copy_(dx)
+    return gate_up
+
+
+# --- attention
+
+
+class Attend(NamedTuple):
+    """What a query sees: the last `window` keys up to its own (None: all), in its own sequence of a packed batch."""
+
+    scale: float
+    window: int | None = None
+    packed: Packed | None = None
+
+
+class Attended(NamedTuple):
+    """What `attend` hands to `attend_backward` beside q, k, v: the backend, o [B, H, T, D] and its own tensors."""
+
+    backend: str
+    o: torch.Tensor
+    rest: tuple
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attend) -> Attended:
+    """Causal attention of q [B, H, T, D] over k, v [B, H_k, T, D], any strides but neighbours in D adjacent.
+
+    o lies in memory as [B, T, H, D], so that o.transpose(1, 2).reshape(M, H * D) is a view where the backend allows.
+    """
+    backend, scale = _backend(q, k, v, options), options.scale
+    if backend == "ours":
+        B, H, T, D = q.shape
+        o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+        q, k, v, o_rows = (_rows(x, options.packed) for x in (q, k, v, o))
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        launch_forward(q, k, v, o_rows, lse, **_lengths(options))
+        return Attended(backend, o, (lse,))
+    if backend == "cudnn":
+        o, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
+        return Attended(backend, o, tuple(rest))
+    if backend == "flash":
+        o, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
+        return Attended(backend, o, tuple(rest))
+    return Attended(backend, _by_torch(q, k, v, options), ())
+
+
+def attend_backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, options: Attend,
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write dq, dk and dv, shaped as q, k and v, given do [B, H, T, D]. Same rule for strides."""
+    backend, o, rest = attended
+    if backend == "ours":
+        rows = [_rows(x, options.packed) for x in (do, q, k, v, o)]
+        grads = [_rows(x, options.packed) for x in (dq, dk, dv)]
+        launch_backward(*rows, *rest, *grads, **_lengths(options))
+        return
+    if backend == "cudnn":
+        lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, lse, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=options.scale
+        )
+    elif backend == "flash":
+        lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
+        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, offset, scale=options.scale
+        )
+    else:
+        found = _differentiated(lambda q, k, v: _by_torch(q, k, v, options), [q, k, v], do)
+    for dx, one in zip((dq, dk, dv), found, strict=True):
+        dx.copy_(one)
+
+
+def _backend(q, k, v, options: Attend) -> str:
+    """ "ours", one of torch's whose forward and backward can be called apart, or "torch", which has neither.
+
+    "torch" is the reference on the CPU and, for what our kernels do not take (fp32; GPUs before sm_80), torch's
+    attention on a GPU. Nothing is kept for its backward, which runs the forward again.
+    """
+    if not on_triton("attention", "q", q) or lacking(architecture(q.device), q.dtype):
+        return "torch"
+    if q.device.type != "cuda" or options.window is not None or options.packed is not None or q.shape[-1] % 8:
+        return "ours"
+    with torch.enable_grad():  # tried with its backward, but not timed: torch's "math" would hold all scores at once
+        best = choose(*(x.detach().requires_grad_() for x in (q, k, v)), scale=options.scale, timed=False)
+    return best if best in ("cudnn", "flash") else "ours"
+
+
+def _by_torch(q, k, v, options: Attend) -> torch.Tensor:
+    if options.packed is None:
+        return attention(q, k, v, True, options.window, options.scale)
+    rows = [_rows(x, options.packed)[0].transpose(0, 1) for x in (q, k, v)]  # [total, H, D]
+    o = attention_varlen(*rows, options.packed.cu_seqlens, options.packed.longest, True, options.window, options.scale)
+    B, H, T, D = q.shape
+    return o.view(B, T, H, D).transpose(1, 2)
+
+
+def _rows(x: torch.Tensor, packed: Packed | None) -> torch.Tensor:
+    """x [B, H, T, D] as the kernels take it: with sequences packed, [1, H, B * T, D], a view."""
+    if packed is None:
+        return x
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).view(1, B * T, H, D).transpose(1, 2)
+
+
+def _lengths(options: Attend) -> dict:
+    found = {"causal": True, "window": options.window, "scale": options.scale}
+    if packed := options.packed:
+        found |= {
+            "cu_q": packed.cu_seqlens,
+            "cu_k": packed.cu_seqlens,
+            "max_q": packed.longest,
+            "max_k": packed.longest,
+        }
+    return found

@@ -1,0 +1,49 @@
+"""What a decoder layer keeps from its forward to its backward, and what it computes again instead.
+
+The products are what costs, so each is computed again only where its result was not kept and the backward needs it; the
+down projection's never is. Everything elementwise (norms, RoPE, SwiGLU) is computed again under every plan: it costs
+less than the memory. For M tokens, in bytes for each token and layer at 16 bits (Mistral-7B: hidden size K = 4096,
+query columns Q = 4096, key columns N = 1024, intermediate size I = 14336; o comes with lse, 4 bytes a head):
+
+    plan                  keeps                                bytes                  computes again
+    "keep"                x, q, k, v, o, x2, gate, up          4 K + 4 Q + 4 N + 4 I  nothing
+    "recompute-mlp"       x, q, k, v, o, x2                    4 K + 4 Q + 4 N        gate, up
+    "recompute-mlp-qkv"   x, o, x2                             4 K + 2 Q              and q, k, v
+    "recompute-all"       x                                    2 K                    and the attention, o's projection
+
+"recompute-all" needs o's projection because the second half's input x2 is its result.
+"""
+
+from dataclasses import dataclass
+
+from fastkit.errors import FastkitError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a layer keeps q, k and v; the attention's o and lse and the second half's input x2; gate and up."""
+
+    name: str
+    qkv: bool
+    attention: bool
+    gate_up: bool
+
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        Plan("keep", qkv=True, attention=True, gate_up=True),
+        Plan("recompute-mlp", qkv=True, attention=True, gate_up=False),
+        Plan("recompute-mlp-qkv", qkv=False, attention=True, gate_up=False),
+        Plan("recompute-all", qkv=False, attention=False, gate_up=False),
+    )
+}
+
+
+def plan_of(plan: str | Plan) -> Plan:
+    """The plan of that name; raises FastkitError for another."""
+    if isinstance(plan, Plan):
+        return plan
+    if plan not in PLANS:
+        raise FastkitError(f"there is no plan {plan!r}: use one of {', '.join(PLANS)}")
+    return PLANS[plan]
