@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, check_floats, device_of, on_triton, tl, triton
+from fastkit.kernels.common import Cost, check_floats, device_of, fp32, on_triton, tl, triton
 from fastkit.kernels.nf4 import BLOCKSIZES, NF4Weight, code_on, empty_nf4, stored_bytes
 
 LEAST_ABSMAX = 1e-38  # what bitsandbytes' CPU backend divides by at least
@@ -112,7 +112,7 @@ def _quantize_kernel(
         absmax = _normal(absmax)
         inverse = _fast_inverse(absmax)
     else:
-        inverse = 1.0 / tl.maximum(absmax, LEAST_ABSMAX)
+        inverse = 1.0 / tl.maximum(absmax, fp32(LEAST_ABSMAX))  # a constant below 2**-126 is fp64 to Triton
     tl.store(absmax_ptr + blocks, absmax, mask=blocks * BLOCKSIZE < N)
     scaled = x * inverse[:, None]
     indices = tl.zeros([BLOCKS, BLOCKSIZE], tl.int32)

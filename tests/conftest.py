@@ -66,6 +66,18 @@ def fresh_seed():
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def references(monkeypatch):
+    """torch references instead of interpreted kernels, as on a CPU without TRITON_INTERPRET."""
+    monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a module's tests keep their models."""
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny model's folder for each architecture."""

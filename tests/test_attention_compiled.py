@@ -58,8 +58,9 @@ def test_compiled_code(arch, D, options):
         assert (unit in found or small) and not misfit(compiled) and compiled.spilled_bytes <= 16, compiled.kernel
         if arch.startswith("sm_"):
             assert found["ld.global.128"] and found["st.global.128"] and not found["st.global.16"]
-        if arch == "sm_90" and not options.get("packed"):
-            assert found["TMA load"] and not found["cp.async.128"]
+        if arch == "sm_90":  # a causal forward is faster without
+            by_tma = "backward" in compiled.kernel and not options.get("packed")
+            assert bool(found["TMA load"]) == by_tma != bool(found["cp.async.128"])
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,6 @@ from fastkit.models.projection import Refusal
 from fastkit.models.sequences import Sequences
 
 
-@pytest.fixture
-def references(monkeypatch):
-    """torch references instead of interpreted kernels, as on a CPU without TRITON_INTERPRET."""
-    monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 def packed(lengths, rows=1):
     ids = torch.randint(3, 300, (rows, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(rows, -1).contiguous()

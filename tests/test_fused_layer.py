@@ -17,17 +17,6 @@ from fastkit.models.plans import PLANS
 from fastkit.models.projection import Group, read
 
 
-@pytest.fixture
-def references(monkeypatch):
-    """torch references instead of interpreted kernels, as on a CPU without TRITON_INTERPRET."""
-    monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 def inputs(B=2, T=13, dtype=torch.float32):
     return (torch.randn(B, T, SHAPE["hidden_size"], dtype=dtype) for _ in range(2))
 

@@ -51,6 +51,12 @@ def test_bits_of_bitsandbytes(blocksize, double_quant, dtype, device):
     check(x.to(dtype), blocksize, double_quant)
 
 
+def test_a_tie_that_rounding_makes(device):
+    """In one of these blocks x / absmax, rounded to fp32, is a midpoint; in fp64 it lies above."""
+    torch.manual_seed(15239917)
+    check((torch.randn(12288) * torch.rand(1)).to(device), 64, False)
+
+
 @pytest.mark.parametrize("shape", [(1,), (2,), (7, 11), (64, 65), (31, 3, 33), (300, 257)], ids=str)
 def test_bits_of_bitsandbytes_at_odd_sizes(shape, dtype, device):
     check(torch.randn(shape, device=device).to(dtype), 64, True, exact_tail=device == "cuda")

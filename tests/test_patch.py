@@ -1,5 +1,6 @@
 """`patch` and `unpatch`: what they take and say, that nothing else changes, and life with peft and transformers."""
 
+import inspect
 import json
 import warnings
 
@@ -21,15 +22,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 
-@pytest.fixture(autouse=True)
-def references(monkeypatch):
-    """The interpreted kernels have their own tests."""
-    monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
+pytestmark = pytest.mark.usefixtures("references")  # the interpreted kernels have their own tests
 
 
 def logits(model):
@@ -287,7 +280,9 @@ def test_gradient_checkpointing_takes_the_cache_away(folder, attends, recwarn):
     loss = ours(**BATCH, use_cache=True).loss
     assert abs(loss.item() - expected[0]) < 1e-5 and len(attends) == LAYERS
     cache, x = DynamicCache(), ours.get_input_embeddings()(IDS)
-    y = layers_of(ours)[0](x, position_embeddings=table(ours, IDS.shape[1]), past_key_values=cache, use_cache=True)
+    takes = inspect.signature(type(layers_of(ours)[0]).forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # from transformers 5.24 on; before
+    y = layers_of(ours)[0](x, position_embeddings=table(ours, IDS.shape[1]), use_cache=True, **{name: cache})
     assert y.requires_grad and len(attends) == LAYERS + 1 and cache.get_seq_length() == 0
     assert not [w for w in recwarn if "not fused" in str(w.message)]
 

@@ -14,15 +14,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 
-@pytest.fixture(autouse=True)
-def references(monkeypatch):
-    """The interpreted kernels have their own tests."""
-    monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
+pytestmark = pytest.mark.usefixtures("references")  # the interpreted kernels have their own tests
 
 
 def add_adapter(model, name, **options):

@@ -165,10 +165,11 @@ class FusedLayer:
         return self.layer.gradient_checkpointing and self.layer.training
 
     def _halves(
-        self, x, mask, position_ids=None, past_key_values=None, use_cache=None, position_embeddings=None, **kwargs
+        self, x, mask, position_ids=None, past_key_values=None, cache=None, position_embeddings=None, **kwargs
     ) -> tuple[AttentionHalf, MLPHalf]:
         """The two halves for this call; raises Refusal where it cannot go fused."""
         layer, attention = self.layer, self.layer.self_attn
+        past_key_values = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
         if past_key_values is not None and not self._checkpointed():  # transformers takes it away from those
             raise Refusal("it is given a cache of keys and values: pass use_cache=False to train")
         if position_embeddings is None:
