@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, device_of, tl, triton
+from fastkit.kernels.common import Cost, device_of, fp32, tl, triton
 from fastkit.kernels.nf4 import NF4Weight, reference_absmax
 
 FP8 = torch.float8_e4m3fn
@@ -86,7 +86,7 @@ def _scale_kernel(
         largest = tl.max(tl.load(largest_ptr + parts, mask=(r < RANK)[None, :], other=0.0), axis=0)
         mask = (n < N)[:, None] & (r < RANK)[None, :]
         x = tl.load(x_ptr + n[:, None] * stride_xn + r[None, :] * stride_xr, mask=mask, other=0.0).to(tl.float32)
-        bound += tl.abs(scaling) * tl.sum(tl.abs(x) * largest[None, :], axis=1)
+        bound += tl.abs(fp32(scaling)) * tl.sum(tl.abs(x) * largest[None, :], axis=1)
     scale = tl.maximum(bound, 1e-30) / 448.0  # a row of zeros
     tl.store(scale_ptr + n, scale, mask=n < N)
     tl.store(inverse_ptr + n, 1.0 / scale, mask=n < N)

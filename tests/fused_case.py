@@ -3,13 +3,16 @@
 import copy
 
 import torch
-from tiny import tiny_model
+from tiny import SHAPE, tiny_model
 
 from fastkit.kernels import nf4, rms_norm
 from fastkit.models import add_lora, load
 from fastkit.models.bnb import bnb
 from fastkit.models.patch import patch
 
+LAYERS = SHAPE["num_hidden_layers"]
+IDS = torch.arange(3, 27).view(2, 12)
+BATCH = {"input_ids": IDS, "labels": IDS}
 WINDOWED = {
     "mistral": dict(sliding_window=5),
     "qwen2": dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),

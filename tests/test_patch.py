@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from fused_case import assert_same_step, fused, layers_of, model_of, step, table
-from tiny import ARCHITECTURES, SHAPE
+from fused_case import BATCH, IDS, LAYERS, assert_same_step, fused, layers_of, model_of, step, table
+from tiny import ARCHITECTURES
 from torch import nn
 from transformers import DynamicCache
 
@@ -16,11 +16,6 @@ from fastkit.models import pieces
 from fastkit.models.bnb import bnb
 from fastkit.models.patch import patch, patched, unpatch
 from fastkit.models.plans import PLANS
-
-LAYERS = SHAPE["num_hidden_layers"]
-IDS = torch.arange(3, 27).view(2, 12)
-BATCH = {"input_ids": IDS, "labels": IDS}
-
 
 pytestmark = pytest.mark.usefixtures("references")  # the interpreted kernels have their own tests
 

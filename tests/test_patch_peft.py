@@ -4,15 +4,9 @@ import copy
 
 import pytest
 import torch
-from fused_case import assert_same_step, fused, give_b, layers_of, model_of, step
-from tiny import SHAPE
+from fused_case import BATCH, IDS, LAYERS, assert_same_step, fused, give_b, layers_of, model_of, step
 
 from fastkit.models.patch import patch
-
-LAYERS = SHAPE["num_hidden_layers"]
-IDS = torch.arange(3, 27).view(2, 12)
-BATCH = {"input_ids": IDS, "labels": IDS}
-
 
 pytestmark = pytest.mark.usefixtures("references")  # the interpreted kernels have their own tests
 
