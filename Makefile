@@ -34,7 +34,7 @@ architectures: $(VENV)/.installed
 notebooks: $(VENV)/.installed
 	rm -rf build/notebooks
 	$(BIN)/python tests/prepare_notebooks.py build/notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax -p no:cacheprovider build/notebooks
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider build/notebooks
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab --notebook-dir notebooks
