@@ -64,7 +64,7 @@ def test_other_masks_go_through_transformers_and_are_said(folder, references, mo
     with pytest.warns(UserWarning, match="neither causal, nor padding, nor packing"):
         result = step(ours, **tokens)
     theirs = step(model, **tokens)
-    assert result[0] == theirs[0] and all(torch.equal(g, theirs[1][name]) for name, g in result[1].items())
+    assert_same_step(result, theirs)
     mask[:4, :4] = torch.ones(4, 4, dtype=torch.bool).tril()  # changed in place: now it is causal
     with monkeypatch.context() as patcher:
         patcher.setattr(type(layers_of(ours)[0]), "forward", None)

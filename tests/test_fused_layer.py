@@ -77,11 +77,14 @@ def window_inputs(arch):
 def test_every_plan_gives_the_same_gradients(folder, monkeypatch, fresh_seed, arch, kernels):
     if kernels == "references":
         monkeypatch.setattr("fastkit.kernels.common.INTERPRETED", False)
-    model, (x, dy) = model_of(folder, arch), inputs(B=1, T=5)
-    kept, *others = (run_layer(fused(model, plan), x, dy) for plan in PLANS)
-    for other in others:
-        for name, gradient in kept.items():
-            assert torch.equal(gradient, other[name]), name
+    model, (x, dy) = model_of(folder, arch), inputs(B=1, T=5 if kernels == "interpreted" else 50)
+    kept = run_layer(fused(model, "keep"), x, dy)
+    for plan in PLANS:
+        for name, gradient in run_layer(fused(model, plan), x, dy).items():
+            if PLANS[plan].chunks == 1:
+                assert torch.equal(gradient, kept[name]), (plan, name)
+            else:  # products of other shapes, and sums over tokens that are taken in parts
+                torch.testing.assert_close(gradient, kept[name], rtol=1e-5, atol=1e-5 * kept[name].abs().max().item())
 
 
 def test_16_bits_are_as_close_as_transformers(folder, fresh_seed):
@@ -177,7 +180,8 @@ def test_dropout_follows_the_seed_under_every_plan(folder, references, plan):
         torch.manual_seed(seed)
         return run_layer(fused(model, plan), x, dy)
 
-    kept, same, other = run("keep", 0), run(plan, 0), run(plan, 1)
+    # chunks of tokens draw masks of their own, so these are compared with themselves
+    kept, same, other = run("keep" if PLANS[plan].chunks == 1 else plan, 0), run(plan, 0), run(plan, 1)
     assert all(torch.equal(gradient, same[name]) for name, gradient in kept.items())
     assert not torch.equal(kept["y"], other["y"])
 
@@ -248,7 +252,7 @@ def test_autocast_sets_the_dtype_of_products(folder, references, dtype):
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype):
         y = layer(x, position_embeddings=table(ours, 6))
-    kept = y.grad_fn.half.hidden
+    kept = y.grad_fn.half.kept.here["hidden"]
     assert y.dtype == torch.float32 and kept.dtype == dtype
     layer.zero_grad()
     y.backward(dy)
@@ -286,15 +290,6 @@ def test_no_product_is_computed_again_that_is_not_needed(folder, references, pla
     assert len(attends) == (2 if plan == "recompute-all" else 1)
 
 
-def tensors_in(value, found):
-    if isinstance(value, torch.Tensor):
-        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    elif isinstance(value, tuple):
-        for one in value:
-            tensors_in(one, found)
-    return found
-
-
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_keeps_what_it_says(folder, references, plan):
     model = fused(model_of(folder), plan)
@@ -303,11 +298,9 @@ def test_a_plan_keeps_what_it_says(folder, references, plan):
     y = layers_of(model)[0](x, position_embeddings=table(model, T))
     second = y.grad_fn.half
     first = next(f.half for f, _ in y.grad_fn.next_functions if f is not None and hasattr(f, "half"))
-    kept = {}
-    for half in (first, second):
-        for name, value in vars(half).items():
-            if name in ("x", "hidden", "kept_qkv", "attended"):
-                tensors_in(value, kept)
+    kept = [half.kept for half in (first, second) if half.kept is not None]
+    size = sum(tensor.numel() for one in kept for tensor in (one.here or one.away).values() if one.here)
+    size += sum(buffer.data.numel() for one in kept if not one.here for buffer, _, _ in one.away.values())
     Q, N = heads * D, key_heads * D
     numbers = {
         "keep": 2 * K + 2 * Q + 2 * N + 2 * I,
@@ -315,10 +308,10 @@ def test_a_plan_keeps_what_it_says(folder, references, plan):
         "recompute-mlp-qkv": 2 * K + Q,
         "recompute-all": K,
     }
-    assert sum(kept.values()) == 4 * B * T * numbers[plan]
+    assert size == B * T * numbers[plan.replace("leanest", "recompute-all").removesuffix("+offload")]
     y.sum().backward()
     assert y.grad_fn.half is None
-    assert isinstance(first, Half) and first.kept_qkv is first.attended is second.hidden is None
+    assert isinstance(first, Half) and first.kept is first.attended is second.kept is second.hidden is None
 
 
 def test_what_cannot_be_is_said(folder, references):

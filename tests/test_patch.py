@@ -33,11 +33,11 @@ def logits(model):
 def test_every_layer_is_taken_and_nothing_twice(folder, arch, lora):
     model = model_of(folder, arch, lora=lora)
     report = patch(model)
-    assert report.as_dict() == {"layers": LAYERS, "rms_norm": 1, "swiglu": 0, "left": {}, "notes": {}}
-    assert str(report) == "fastkit runs 2 fused layers, 1 norm, 0 MLPs"
+    assert report.as_dict() == {"layers": LAYERS, "rms_norm": 1, "swiglu": 0, "head": 1, "left": {}, "notes": {}}
+    assert str(report) == "fastkit runs 2 fused layers, 1 norm, 0 MLPs, 1 head"
     json.dumps(report.as_dict())
     again = patch(model).as_dict()
-    assert again == {"layers": 0, "rms_norm": 0, "swiglu": 0, "left": {}, "notes": {}}
+    assert again == {"layers": 0, "rms_norm": 0, "swiglu": 0, "head": 0, "left": {}, "notes": {}}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -253,7 +253,7 @@ def enable_checkpointing(model, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("plan", "runs"), [(None, 2), *((name, 2 if name == "recompute-all" else 1) for name in PLANS)]
+    ("plan", "runs"), [(None, 2), *((name, 1 if plan.attention else 2) for name, plan in PLANS.items())]
 )
 def test_gradient_checkpointing_recomputes_what_the_plan_says(folder, attends, plan, runs):
     model = model_of(folder)

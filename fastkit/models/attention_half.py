@@ -32,6 +32,7 @@ import torch
 
 from fastkit.models import pieces
 from fastkit.models.half import Half
+from fastkit.models.keeping import Keeper
 from fastkit.models.plans import Plan
 from fastkit.models.projection import Group
 
@@ -44,11 +45,12 @@ class AttentionHalf(Half):
 
     def __init__(
         self, norm: pieces.Norm, qkv: Group, qk_norms: tuple[pieces.Norm, pieces.Norm] | None, o: Group,
-        shape: tuple[int, ...], table: tuple[torch.Tensor, torch.Tensor], options: pieces.Attend, plan: Plan,
+        shape: tuple[int, ...], table: tuple[torch.Tensor, torch.Tensor], options: pieces.Attend,
+        plan: Plan, keeper: Keeper,
     ):  # fmt: skip
         self.norm, self.qkv, self.qk_norms, self.o = norm, qkv, qk_norms, o
-        self.shape, self.table, self.options, self.plan = shape, table, options, plan
-        self.rstd = self.kept_qkv = self.attended = None
+        self.shape, self.table, self.options, self.plan, self.keeper = shape, table, options, plan, keeper
+        self.rstd = self.attended = self.made_again = None
 
     def parameters(self):
         return self.qkv.parameters() + self.o.parameters()
@@ -58,25 +60,34 @@ class AttentionHalf(Half):
         attended = pieces.attend(*self._heads(qkv), self.options)
         y = self.o.forward(self._flat(attended.o), residual=x)
         if keep:
-            self.keep_input(x)
             self.rstd = rstd
+            kept = {"x": x}
             if self.plan.qkv:
-                self.kept_qkv = qkv
+                kept["qkv"] = qkv
             if self.plan.attention:
-                self.attended = attended
+                kept["o"] = attended.o
+                self.attended = attended._replace(o=None)
+            self.keep(**kept)
         return y
 
     def again(self) -> torch.Tensor:
-        """y, computed again; what the backward needs of it is kept now, for that follows at once."""
-        x = self.kept_input()
-        self.kept_qkv, _ = self._project(x)
-        self.attended = pieces.attend(*self._heads(self.kept_qkv), self.options)
-        return self.o.forward(self._flat(self.attended.o), residual=x)
+        """y, computed again; what the backward needs of it stays, for that follows at once."""
+        x = self.kept.tensors()["x"]
+        qkv, _ = self._project(x)
+        attended = pieces.attend(*self._heads(qkv), self.options)
+        self.made_again = qkv, attended
+        return self.o.forward(self._flat(attended.o), residual=x)
 
     def backward(self, dy, x_grad, weight_grad, needed):
-        x = self.kept_input()
-        qkv, attended = self.kept_qkv, self.attended
-        self.kept_qkv = self.attended = None
+        kept = self.kept.tensors()
+        x = kept["x"]
+        if self.made_again is not None:
+            qkv, attended = self.made_again
+        else:
+            qkv = kept.get("qkv")
+            attended = None if self.attended is None else self.attended._replace(o=kept["o"])
+        del kept
+        self.kept = self.attended = self.made_again = None
         of_qkv, of_o = needed[: len(self.qkv.parameters())], needed[len(self.qkv.parameters()) :]
         dy_c = dy.to(self.o.dtype)
         inner = x_grad or weight_grad or any(of_qkv)

@@ -22,6 +22,7 @@ from torch import nn
 from fastkit.kernels.attention_forward import MAX_D
 from fastkit.models import pieces
 from fastkit.models.attention_half import AttentionHalf
+from fastkit.models.keeping import Keeper
 from fastkit.models.mlp_half import MLPHalf
 from fastkit.models.plans import PLANS, Plan
 from fastkit.models.projection import Group, Projection, Refusal, read
@@ -36,9 +37,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass
 class Shared:
-    """What the fused layers of one model share: their plan, the batch's sequences, and what was said already."""
+    """What the fused layers of one model share: where they keep, the batch's sequences, and what was said already."""
 
-    plan: Plan | None  # None: as the gradient checkpointing flag asks
+    keeper: Keeper = field(default_factory=Keeper)
     sequences: Sequences = field(default_factory=Sequences)
     said: set[str] = field(default_factory=set)
 
@@ -140,10 +141,13 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class FusedLayer:
-    """`forward` of one decoder layer, in its place on the instance."""
+    """`forward` of one decoder layer, in its place on the instance.
 
-    def __init__(self, layer: nn.Module, shared: Shared):
-        self.layer, self.shared = layer, shared
+    plan    of its backward; None: as the gradient checkpointing flag asks. It may be set between steps.
+    """
+
+    def __init__(self, layer: nn.Module, shared: Shared, plan: Plan | None):
+        self.layer, self.shared, self.plan = layer, shared, plan
 
     def __call__(self, hidden_states, attention_mask=None, **kwargs):
         if torch.is_grad_enabled():
@@ -186,16 +190,16 @@ class FusedLayer:
         if window is not None and window >= T:
             window = None
         dtype = _compute_dtype(x, found)
-        plan = self.shared.plan or PLANS["recompute-all" if self._checkpointed() else "keep"]
+        plan = self.plan or PLANS["recompute-all" if self._checkpointed() else "keep"]
         qkv, o, gate_up, down = (
             Group([found[name] for name in names], dtype) for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
         )
         heads, key_heads = qkv.sizes[0] // D, qkv.sizes[1] // D
         first = AttentionHalf(
             parts.norms[0], qkv, parts.qk_norms, o, (B, T, heads, key_heads, D), position_embeddings,
-            pieces.Attend(attention.scaling, window, packed), plan,
+            pieces.Attend(attention.scaling, window, packed), plan, self.shared.keeper,
         )  # fmt: skip
-        return first, MLPHalf(parts.norms[1], gate_up, down, plan, first.again)
+        return first, MLPHalf(parts.norms[1], gate_up, down, plan, self.shared.keeper, first.again)
 
 
 def _window(attention: nn.Module) -> int | None:

@@ -9,16 +9,20 @@ second time but what its plan says.
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastkit.models.keeping import Keeper, Kept
+from fastkit.models.plans import Plan
+
 
 class Half:
     """One pass of half a layer through forward and backward. x and y are [M, K], of one dtype.
 
-    x and version   the input and its count of changes, while the half keeps them
+    keeper and kept   where what the plan keeps goes, and what went there
     """
 
     norm: "pieces.Norm"  # noqa: F821  of the half's input
-    x: torch.Tensor | None = None
-    version: int = 0
+    plan: Plan
+    keeper: Keeper
+    kept: Kept | None = None
 
     def parameters(self) -> list[torch.Tensor]:
         """The adapters' A and B, in the order of the last of what `backward` returns."""
@@ -39,13 +43,8 @@ class Half:
         with torch.autocast(x.device.type, enabled=False):
             return _Function.apply(self, x, self.norm.weight, *self.parameters())
 
-    def keep_input(self, x: torch.Tensor) -> None:
-        self.x, self.version = x.detach(), x._version
-
-    def kept_input(self) -> torch.Tensor:
-        if self.x._version != self.version:
-            raise RuntimeError("a decoder layer's input was changed in place between its forward and its backward")
-        return self.x
+    def keep(self, **tensors: torch.Tensor) -> None:
+        self.kept = self.keeper.keep(tensors, self.plan.offload)
 
 
 class _Function(torch.autograd.Function):

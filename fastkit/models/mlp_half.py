@@ -21,6 +21,9 @@ overwritten. y itself is in none of it, so the down projection is never computed
 Kept: x and rstd; g and u unless the plan computes them again, by one product. Under the plan that does not keep x
 either, `again` is asked for it: the first half's forward, whose result x was.
 
+Every row of all this is one token's, and the adapters' gradients are sums over tokens. So a plan may send the tokens
+through in chunks; then W_gu and W_d are written once for all of them.
+
 Casts: x, y and dx have the residual stream's dtype, everything between the norm and down the compute dtype.
 """
 
@@ -30,40 +33,62 @@ import torch
 
 from fastkit.models import pieces
 from fastkit.models.half import Half
+from fastkit.models.keeping import Keeper
 from fastkit.models.plans import Plan
 from fastkit.models.projection import Group
 
 
 class MLPHalf(Half):
-    def __init__(self, norm: pieces.Norm, gate_up: Group, down: Group, plan: Plan, again: Callable[[], torch.Tensor]):
-        self.norm, self.gate_up, self.down, self.plan, self.again = norm, gate_up, down, plan, again
-        self.rstd = self.hidden = None
+    def __init__(
+        self, norm: pieces.Norm, gate_up: Group, down: Group, plan: Plan, keeper: Keeper,
+        again: Callable[[], torch.Tensor],
+    ):  # fmt: skip
+        self.norm, self.gate_up, self.down, self.plan, self.keeper = norm, gate_up, down, plan, keeper
+        self.again, self.rstd, self.hidden = again, None, None
 
     def parameters(self):
         return self.gate_up.parameters() + self.down.parameters()
 
     def forward(self, x, keep):
-        n, rstd = pieces.norm(x, self.norm, self.gate_up.dtype)
-        hidden = self.gate_up.forward(n)  # [M, 2 I]: g and u
-        del n
+        weights, parts = self._weights(), []
+        for part in self._chunks(x):
+            n, rstd = pieces.norm(part, self.norm, self.gate_up.dtype)
+            hidden = self.gate_up.forward(n, W=weights[0])  # [M, 2 I]: g and u
+            del n
+            a = pieces.gated(hidden)
+            kept = {"hidden": hidden} if keep and self.plan.gate_up else {}
+            del hidden  # unless kept, before the next product
+            parts.append((self.down.forward(a, residual=part, W=weights[1]), rstd))
+            del a
+        y, rstd = (_joined(each) for each in zip(*parts, strict=True))
         if keep:
             self.rstd = rstd
             if self.plan.attention:
-                self.keep_input(x)
-            if self.plan.gate_up:
-                self.hidden = hidden
-        a = pieces.gated(hidden)
-        del hidden  # unless kept, before the next product
-        return self.down.forward(a, residual=x)
+                kept["x"] = x
+            if kept:
+                self.keep(**kept)
+        return y
 
     def backward(self, dy, x_grad, weight_grad, needed):
-        x = self.kept_input() if self.plan.attention else self.again()
+        kept = {} if self.kept is None else self.kept.tensors()
+        x = kept["x"] if self.plan.attention else self.again()
+        self.hidden = kept.get("hidden")
+        del kept
+        self.kept = None
+        weights, parts, first = self._weights(), [], 0
+        for part in self._chunks(x):
+            rows = slice(first, first := first + len(part))
+            parts.append(self._backward(dy[rows], part, self.rstd[rows], x_grad, weight_grad, needed, weights))
+        dxs, dweights, gradients = zip(*parts, strict=True)
+        return _joined(dxs), _summed(dweights), [_summed(each) for each in zip(*gradients, strict=True)]
+
+    def _backward(self, dy, x, rstd, x_grad, weight_grad, needed, weights):
         hidden, self.hidden = self.hidden, None
         of_gate_up, of_down = needed[: len(self.gate_up.parameters())], needed[len(self.gate_up.parameters()) :]
         inner = x_grad or weight_grad
         if hidden is None:
             n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)
-            hidden = self.gate_up.forward(n)
+            hidden = self.gate_up.forward(n, W=weights[0])
             del n
 
         dy_c = dy.to(self.down.dtype)
@@ -72,7 +97,7 @@ class MLPHalf(Half):
         )
         dhidden = None
         if inner or any(of_gate_up):
-            dhidden = pieces.gated_backward_(self.down.input_gradient(dy_c), hidden)
+            dhidden = pieces.gated_backward_(self.down.input_gradient(dy_c, weights[1]), hidden)
         del hidden
         gradients = [None] * len(of_gate_up)
         if any(of_gate_up):
@@ -81,7 +106,26 @@ class MLPHalf(Half):
             del n
         dx = dweight = None
         if inner:
-            dn = self.gate_up.input_gradient(dhidden)
+            dn = self.gate_up.input_gradient(dhidden, weights[0])
             del dhidden
-            dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad)
+            dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + down_gradients
+
+    def _weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """W_gu and W_d for all chunks; with one, each is written where it is used."""
+        return (None, None) if self.plan.chunks == 1 else (self.gate_up.weight(), self.down.weight())
+
+    def _chunks(self, x: torch.Tensor):
+        """The tokens' parts, of 16 rows or a multiple, but for the last: tiles of tensor cores."""
+        rows = max(16, -(-len(x) // (16 * self.plan.chunks)) * 16)
+        for self.gate_up.chunk, part in enumerate(x.split(rows)):
+            self.down.chunk = self.gate_up.chunk
+            yield part
+
+
+def _joined(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 else None if parts[0] is None else torch.cat(parts)
+
+
+def _summed(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 else None if parts[0] is None else sum(parts[1:], parts[0])

@@ -1,13 +1,15 @@
 """Run a transformers model's decoder layers through fastkit's kernels while it learns, and give it back as it was."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from fastkit.errors import FastkitError
+from fastkit.models.fused_head import FusedHead, FusedLoss, check_head
 from fastkit.models.fused_layer import MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
 from fastkit.models.plans import Plan, plan_of
 from fastkit.models.projection import Refusal
@@ -21,6 +23,7 @@ class Report:
     layers     decoder layers that run as two fused halves
     norms      RMSNorms outside of these, by their kernel
     mlps       SwiGLU MLPs outside of these, by their kernel
+    heads      heads with a loss that needs no logits
     left       what was not taken, by its name, and why
     notes      what was taken in a way worth knowing, by its name
     """
@@ -28,6 +31,7 @@ class Report:
     layers: int = 0
     norms: int = 0
     mlps: int = 0
+    heads: int = 0
     left: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -37,44 +41,51 @@ class Report:
             "layers": self.layers,
             "rms_norm": self.norms,
             "swiglu": self.mlps,
+            "head": self.heads,
             "left": dict(self.left),
             "notes": dict(self.notes),
         }
 
     def __str__(self) -> str:
-        counts = ((self.layers, "fused layer"), (self.norms, "norm"), (self.mlps, "MLP"))
+        counts = ((self.layers, "fused layer"), (self.norms, "norm"), (self.mlps, "MLP"), (self.heads, "head"))
         lines = ["fastkit runs " + ", ".join(f"{n} {what}" + "s" * (n != 1) for n, what in counts)]
         lines += [f"  not {name}: {why}" for name, why in self.left.items()]
         lines += [f"  {name}: {what}" for name, what in self.notes.items()]
         return "\n".join(lines)
 
 
-def patch(model: nn.Module, plan: str | Plan | None = None, layers: bool = True) -> Report:
+Plans = str | Plan | Sequence[str | Plan] | None
+
+
+def patch(model: nn.Module, plan: Plans = None, layers: bool = True) -> Report:
     """Let `model`, of transformers or peft, learn through fastkit's kernels; only this object changes.
 
     Each decoder layer of Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 becomes two halves with a backward of their own (see
     `attention_half.py`, `mlp_half.py`); where one cannot, its norms and its SwiGLU MLP take their kernels, like the
-    norms outside of layers. `forward` is set on these modules and nothing else, so saving, merging and switching of
-    adapters, Trainer and generation go on as they were. It acts where gradients are enabled: without, as in `generate`,
-    every module runs its own forward, bit by bit.
+    norms outside of layers. The head and the loss become one that never holds the logits (see `fused_head.py`).
+    `forward` is set on these modules, `_loss_function` on the model, and nothing else, so saving, merging and switching
+    of adapters, Trainer and generation go on as they were. Layers, norms and MLPs act where gradients are enabled:
+    without, as in `generate`, every module runs its own forward, bit by bit.
 
-    plan    what layers keep for their backward, of `plans.py`; None: everything or, with gradient checkpointing turned
-            on, now or later, their input alone
+    plan    what layers keep for their backward, of `plans.py`: one for all, or a sequence with one a layer; None:
+            everything or, with gradient checkpointing turned on, now or later, their input alone
     layers  False: no layer is fused; all norms and SwiGLU MLPs take their kernels
     returns what was taken, and what was not and why. A second call takes nothing more.
 
-    Raises FastkitError for an unknown plan.
+    Raises FastkitError for an unknown plan, or plans for another number of layers.
     """
-    shared, report = Shared(None if plan is None else plan_of(plan)), Report()
+    shared, report = Shared(), Report()
+    plans = iter(_plans(plan, sum(map(is_decoder_layer, model.modules()))))
     within: set[nn.Module] = set()  # modules of fused layers
     for name, module in model.named_modules():
         if module in within or isinstance(vars(module).get("forward"), FusedLayer):
             within.update(module.modules())
         elif layers and is_decoder_layer(module):
+            its_plan = next(plans)
             if why := _why_not(module, name, report):
                 report.left[name] = why
             else:
-                module.forward = FusedLayer(module, shared)
+                module.forward = FusedLayer(module, shared, its_plan)
                 within.update(module.modules())
                 report.layers += 1
         elif (forward := _kernel_forward(module)) is not None:
@@ -84,26 +95,61 @@ def patch(model: nn.Module, plan: str | Plan | None = None, layers: bool = True)
                 report.mlps += forward is _swiglu_mlp_forward
             elif not _is_ours(module):
                 report.left[name] = "somebody else replaced its forward"
+        elif "lm_head" in module._modules and hasattr(module, "loss_function") and not _has_our_loss(module):
+            try:
+                check_head(module)
+            except Refusal as why:
+                report.left[f"{name}.lm_head".lstrip(".")] = str(why)
+            else:
+                module.lm_head.forward, module._loss_function = FusedHead(module.lm_head), FusedLoss()
+                report.heads += 1
     return report
 
 
+def set_plan(model: nn.Module, plan: Plans) -> None:
+    """Give the fused layers of a patched `model` another plan, from their next forward on. Raises as `patch` does."""
+    layers = fused_layers(model)
+    for layer, its_plan in zip(layers, _plans(plan, len(layers)), strict=True):
+        layer.plan = its_plan
+
+
+def fused_layers(model: nn.Module) -> list[FusedLayer]:
+    """The fused layers of `model`, first to last."""
+    return [vars(m)["forward"] for m in model.modules() if isinstance(vars(m).get("forward"), FusedLayer)]
+
+
+def _plans(plan: Plans, layers: int) -> list[Plan | None]:
+    if plan is None or isinstance(plan, str | Plan):
+        return [None if plan is None else plan_of(plan)] * layers
+    if len(plan) != layers:
+        raise FastkitError(
+            f"{len(plan)} plans are given for {layers} decoder layers: give one for each, or one for all"
+        )
+    return [plan_of(one) for one in plan]
+
+
 def unpatch(model: nn.Module) -> None:
-    """Take every forward that `patch` set off `model` again; all else is as it was, for nothing else was touched."""
-    for module in model.modules():
-        if _is_ours(module):
-            del module.forward
+    """Take all that `patch` set off `model` again; all else is as it was, for nothing else was touched."""
+    _unpatch(model, keep=set())
 
 
 @contextmanager
-def patched(model: nn.Module, plan: str | Plan | None = None) -> Iterator[Report]:
+def patched(model: nn.Module, plan: Plans = None) -> Iterator[Report]:
     """`patch` for the length of a with statement. Parts that were patched before stay so after it."""
-    before = {module for module in model.modules() if _is_ours(module)}
+    before = {module for module in model.modules() if _is_ours(module) or _has_our_loss(module)}
     try:
         yield patch(model, plan)
     finally:
-        for module in model.modules():
-            if module not in before and _is_ours(module):
+        _unpatch(model, keep=before)
+
+
+def _unpatch(model: nn.Module, keep: set[nn.Module]) -> None:
+    for module in model.modules():
+        if module not in keep:
+            if _is_ours(module):
                 del module.forward
+            if _has_our_loss(module):
+                del module._loss_function
 
 
 def _why_not(layer: nn.Module, name: str, report: Report) -> str | None:
@@ -125,7 +171,11 @@ def _why_not(layer: nn.Module, name: str, report: Report) -> str | None:
 def _is_ours(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     kernels = (_rms_norm_forward, _swiglu_mlp_forward)
-    return isinstance(forward, FusedLayer) or getattr(forward, "__func__", None) in kernels
+    return isinstance(forward, FusedLayer | FusedHead) or getattr(forward, "__func__", None) in kernels
+
+
+def _has_our_loss(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("_loss_function"), FusedLoss)
 
 
 def _kernel_forward(module: nn.Module):

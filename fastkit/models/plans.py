@@ -12,32 +12,46 @@ query columns Q = 4096, key columns N = 1024, intermediate size I = 14336; o com
     "recompute-all"       x                                    2 K                    and the attention, o's projection
 
 "recompute-all" needs o's projection because the second half's input x2 is its result.
+
+Any of them may send what it keeps to host memory (`keeping.py`): "recompute-mlp-qkv+offload" then holds next to nothing
+of a layer on the device, and computes no more again than without. "leanest" is "recompute-all+offload" with the MLP
+computed for a quarter of the tokens at a time, so that gate and up of all tokens never exist.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastkit.errors import FastkitError
+
+OFFLOAD = "+offload"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a layer keeps q, k and v; the attention's o and lse and the second half's input x2; gate and up."""
+    """What a layer keeps, where, and how much of it is computed at a time.
+
+    qkv         keeps q, k and v
+    attention   keeps the attention's o and lse, and the second half's input x2
+    gate_up     keeps gate and up
+    offload     sends all that is kept, but for numbers a row, to the host
+    chunks      parts of the tokens that go through the MLP one after another; 1 with gate_up
+    """
 
     name: str
     qkv: bool
     attention: bool
     gate_up: bool
+    offload: bool = False
+    chunks: int = 1
 
 
-PLANS = {
-    plan.name: plan
-    for plan in (
-        Plan("keep", qkv=True, attention=True, gate_up=True),
-        Plan("recompute-mlp", qkv=True, attention=True, gate_up=False),
-        Plan("recompute-mlp-qkv", qkv=False, attention=True, gate_up=False),
-        Plan("recompute-all", qkv=False, attention=False, gate_up=False),
-    )
-}
+_ON_DEVICE = (
+    Plan("keep", qkv=True, attention=True, gate_up=True),
+    Plan("recompute-mlp", qkv=True, attention=True, gate_up=False),
+    Plan("recompute-mlp-qkv", qkv=False, attention=True, gate_up=False),
+    Plan("recompute-all", qkv=False, attention=False, gate_up=False),
+)
+_OFFLOADED = tuple(replace(plan, name=plan.name + OFFLOAD, offload=True) for plan in _ON_DEVICE)
+PLANS = {plan.name: plan for plan in (*_ON_DEVICE, *_OFFLOADED, replace(_OFFLOADED[-1], name="leanest", chunks=4))}
 
 
 def plan_of(plan: str | Plan) -> Plan:

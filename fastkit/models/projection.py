@@ -88,7 +88,11 @@ class Group:
 
     x is [M, K] and y [M, N], both of the compute dtype and contiguous in a row. Draws the seeds of dropout from torch's
     generator, so that torch.manual_seed fixes them.
+
+    chunk   which part of the tokens x holds, where they come in parts: each has a mask of dropout of its own
     """
+
+    chunk = 0
 
     def __init__(self, projections: list[Projection], dtype: torch.dtype):
         self.projections, self.dtype = projections, dtype
@@ -111,9 +115,11 @@ class Group:
             projection.merged(self.dtype, not self.dropout, rows)
         return W
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """y, or residual + y in residual's dtype, in a new tensor."""
-        W, bias = self.weight(), self._bias()
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, W: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y, or residual + y in residual's dtype, in a new tensor. W: `weight()`, if it is there already."""
+        W, bias = self.weight() if W is None else W, self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
             y = torch.addmm(residual, x, W.T)
             y = y if bias is None else y.add_(bias)
@@ -124,9 +130,9 @@ class Group:
                 y_i.addmm_(z @ A.T, B.T, alpha=scaling)
         return y if residual is None or residual.dtype == self.dtype else residual + y
 
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None) -> torch.Tensor:
         """dx [M, K], a new tensor."""
-        dx = dy @ self.weight()
+        dx = dy @ (self.weight() if W is None else W)
         if self.dropout:
             for dy_i, (_, A, B, scaling), _, mask in self._each(dx, dy):
                 dropped = (dy_i @ B) @ A
@@ -174,7 +180,7 @@ class Group:
         p = self.adapters[j][1].dropout
         if not p:
             return x, None
-        generator = torch.Generator(x.device).manual_seed(self.seeds[j])
+        generator = torch.Generator(x.device).manual_seed(self.seeds[j] + self.chunk)
         mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).mul_(1 / (1 - p))
         return x * mask, mask
 
