@@ -61,6 +61,7 @@ def dense_on_cpu(model):
     more than half of the free memory.
     """
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.weight.device.type == "cpu"]
+    layers = [m for m in layers if hasattr(m.weight, "quant_state")]  # none while it is sharded
     itemsize = max((m.weight.quant_state.dtype.itemsize for m in layers), default=0)
     need = sum(m.in_features * m.out_features for m in layers) * itemsize
     if need > psutil.virtual_memory().available / 2:

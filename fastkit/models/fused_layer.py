@@ -158,14 +158,14 @@ class FusedLayer:
             else:
                 attention, mlp = halves
                 return mlp.run(attention.run(hidden_states))
-        elif self._checkpointed() and hidden_states.requires_grad:
+        elif self.checkpointed() and hidden_states.requires_grad:
             self.shared.say(
                 "reentrant gradient checkpointing runs each decoder layer through transformers and then fused: "
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         return type(self.layer).forward(self.layer, hidden_states, attention_mask=attention_mask, **kwargs)
 
-    def _checkpointed(self) -> bool:
+    def checkpointed(self) -> bool:
         return self.layer.gradient_checkpointing and self.layer.training
 
     def _halves(
@@ -174,7 +174,7 @@ class FusedLayer:
         """The two halves for this call; raises Refusal where it cannot go fused."""
         layer, attention = self.layer, self.layer.self_attn
         past_key_values = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
-        if past_key_values is not None and not self._checkpointed():  # transformers takes it away from those
+        if past_key_values is not None and not self.checkpointed():  # transformers takes it away from those
             raise Refusal("it is given a cache of keys and values: pass use_cache=False to train")
         if position_embeddings is None:
             raise Refusal("it is given no position_embeddings")
@@ -190,7 +190,7 @@ class FusedLayer:
         if window is not None and window >= T:
             window = None
         dtype = _compute_dtype(x, found)
-        plan = self.plan or PLANS["recompute-all" if self._checkpointed() else "keep"]
+        plan = self.plan or PLANS["recompute-all" if self.checkpointed() else "keep"]
         qkv, o, gate_up, down = (
             Group([found[name] for name in names], dtype) for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
         )

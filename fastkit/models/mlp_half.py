@@ -22,7 +22,7 @@ Kept: x and rstd; g and u unless the plan computes them again, by one product. U
 either, `again` is asked for it: the first half's forward, whose result x was.
 
 Every row of all this is one token's, and the adapters' gradients are sums over tokens. So a plan may send the tokens
-through in chunks; then W_gu and W_d are written once for all of them.
+through in chunks, each with its own W_gu and W_d, which are written again rather than held.
 
 Casts: x, y and dx have the residual stream's dtype, everything between the norm and down the compute dtype.
 """
@@ -50,15 +50,16 @@ class MLPHalf(Half):
         return self.gate_up.parameters() + self.down.parameters()
 
     def forward(self, x, keep):
-        weights, parts = self._weights(), []
+        parts, kept = [], {}
         for part in self._chunks(x):
             n, rstd = pieces.norm(part, self.norm, self.gate_up.dtype)
-            hidden = self.gate_up.forward(n, W=weights[0])  # [M, 2 I]: g and u
+            hidden = self.gate_up.forward(n)  # [M, 2 I]: g and u
             del n
             a = pieces.gated(hidden)
-            kept = {"hidden": hidden} if keep and self.plan.gate_up else {}
+            if keep and self.plan.gate_up:
+                kept["hidden"] = hidden
             del hidden  # unless kept, before the next product
-            parts.append((self.down.forward(a, residual=part, W=weights[1]), rstd))
+            parts.append((self.down.forward(a, residual=part), rstd))
             del a
         y, rstd = (_joined(each) for each in zip(*parts, strict=True))
         if keep:
@@ -75,20 +76,21 @@ class MLPHalf(Half):
         self.hidden = kept.get("hidden")
         del kept
         self.kept = None
-        weights, parts, first = self._weights(), [], 0
+        parts, first = [], 0
         for part in self._chunks(x):
             rows = slice(first, first := first + len(part))
-            parts.append(self._backward(dy[rows], part, self.rstd[rows], x_grad, weight_grad, needed, weights))
+            parts.append(self._backward(dy[rows], part, self.rstd[rows], x_grad, weight_grad, needed))
         dxs, dweights, gradients = zip(*parts, strict=True)
+        del parts
         return _joined(dxs), _summed(dweights), [_summed(each) for each in zip(*gradients, strict=True)]
 
-    def _backward(self, dy, x, rstd, x_grad, weight_grad, needed, weights):
+    def _backward(self, dy, x, rstd, x_grad, weight_grad, needed):
         hidden, self.hidden = self.hidden, None
         of_gate_up, of_down = needed[: len(self.gate_up.parameters())], needed[len(self.gate_up.parameters()) :]
         inner = x_grad or weight_grad
         if hidden is None:
             n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)
-            hidden = self.gate_up.forward(n, W=weights[0])
+            hidden = self.gate_up.forward(n)
             del n
 
         dy_c = dy.to(self.down.dtype)
@@ -97,7 +99,7 @@ class MLPHalf(Half):
         )
         dhidden = None
         if inner or any(of_gate_up):
-            dhidden = pieces.gated_backward_(self.down.input_gradient(dy_c, weights[1]), hidden)
+            dhidden = pieces.gated_backward_(self.down.input_gradient(dy_c), hidden)
         del hidden
         gradients = [None] * len(of_gate_up)
         if any(of_gate_up):
@@ -106,14 +108,10 @@ class MLPHalf(Half):
             del n
         dx = dweight = None
         if inner:
-            dn = self.gate_up.input_gradient(dhidden, weights[0])
+            dn = self.gate_up.input_gradient(dhidden)
             del dhidden
             dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + down_gradients
-
-    def _weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """W_gu and W_d for all chunks; with one, each is written where it is used."""
-        return (None, None) if self.plan.chunks == 1 else (self.gate_up.weight(), self.down.weight())
 
     def _chunks(self, x: torch.Tensor):
         """The tokens' parts, of 16 rows or a multiple, but for the last: tiles of tensor cores."""

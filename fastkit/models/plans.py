@@ -14,8 +14,8 @@ query columns Q = 4096, key columns N = 1024, intermediate size I = 14336; o com
 "recompute-all" needs o's projection because the second half's input x2 is its result.
 
 Any of them may send what it keeps to host memory (`keeping.py`): "recompute-mlp-qkv+offload" then holds next to nothing
-of a layer on the device, and computes no more again than without. "leanest" is "recompute-all+offload" with the MLP
-computed for a quarter of the tokens at a time, so that gate and up of all tokens never exist.
+of a layer on the device, and computes no more again than without. "leanest" is that with the MLP computed for a quarter
+of the tokens at a time, so that gate and up of all tokens never exist.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ _ON_DEVICE = (
     Plan("recompute-all", qkv=False, attention=False, gate_up=False),
 )
 _OFFLOADED = tuple(replace(plan, name=plan.name + OFFLOAD, offload=True) for plan in _ON_DEVICE)
-PLANS = {plan.name: plan for plan in (*_ON_DEVICE, *_OFFLOADED, replace(_OFFLOADED[-1], name="leanest", chunks=4))}
+PLANS = {plan.name: plan for plan in (*_ON_DEVICE, *_OFFLOADED, replace(_OFFLOADED[2], name="leanest", chunks=4))}
 
 
 def plan_of(plan: str | Plan) -> Plan:

@@ -115,11 +115,9 @@ class Group:
             projection.merged(self.dtype, not self.dropout, rows)
         return W
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, W: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """y, or residual + y in residual's dtype, in a new tensor. W: `weight()`, if it is there already."""
-        W, bias = self.weight() if W is None else W, self._bias()
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """y, or residual + y in residual's dtype, in a new tensor."""
+        W, bias = self.weight(), self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
             y = torch.addmm(residual, x, W.T)
             y = y if bias is None else y.add_(bias)
@@ -130,9 +128,9 @@ class Group:
                 y_i.addmm_(z @ A.T, B.T, alpha=scaling)
         return y if residual is None or residual.dtype == self.dtype else residual + y
 
-    def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None) -> torch.Tensor:
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
         """dx [M, K], a new tensor."""
-        dx = dy @ (self.weight() if W is None else W)
+        dx = dy @ self.weight()
         if self.dropout:
             for dy_i, (_, A, B, scaling), _, mask in self._each(dx, dy):
                 dropped = (dy_i @ B) @ A

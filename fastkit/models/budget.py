@@ -1,0 +1,126 @@
+"""Which plan each layer takes: the fastest for which the step's estimate fits into the memory.
+
+What a plan costs is what it computes again, at the card's matrix rate, and what of its copies to the host and back the
+layer's own work does not hide. Of all plans some are worth having: less memory costs more time. Between two
+neighbours of these, the first layers take the leaner one and the last layers the other, for their backward comes first
+and gives its memory back while little else needs any.
+"""
+
+import psutil
+import torch
+from torch import nn
+
+from fastkit.errors import FastkitError
+from fastkit.models.estimate import Estimate, Shape, estimate
+from fastkit.models.keeping import HOST_RESERVE
+from fastkit.models.plans import PLANS, Plan
+
+MARGIN = 0.06  # of the memory: what the allocator reserves beyond what is allocated
+MATRIX_RATE, LINK_RATE = 100e12, 20e9  # operations a second and bytes a second each way, where nothing is measured
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(operations a second in products of `dtype`, bytes a second to the host), measured in some 20 ms on a GPU."""
+    if device.type != "cuda":
+        return MATRIX_RATE, LINK_RATE
+
+    def seconds(work, repeats: int = 3) -> float:
+        work()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    with torch.cuda.device(device):
+        a = torch.randn(4096, 4096, device=device, dtype=dtype)
+        host = torch.empty(a.shape, dtype=dtype, pin_memory=True)
+        matrix = 2 * 4096**3 / seconds(lambda: a @ a)
+        link = a.nbytes / seconds(lambda: host.copy_(a, non_blocking=True))
+    return matrix, link
+
+
+def cost_seconds(shape: Shape, M: int, plan: Plan, matrix_rate: float = MATRIX_RATE, link_rate: float = LINK_RATE):
+    """Seconds that `plan` adds to a layer's step of M tokens, over "keep"."""
+    K, Q, N, I = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    products = {"gate_up": 2 * I * K, "qkv": (Q + 2 * N) * K, "attention": Q * K}
+    again = sum(size for name, size in products.items() if not getattr(plan, name))
+    forward = 2 * M * (sum(products.values()) + I * K) / matrix_rate
+    added = 2 * M * again / matrix_rate
+    if plan.chunks > 1:
+        added += 0.1 * forward  # smaller products
+    if plan.offload:
+        added += 2 * max(0.0, shape.kept(M, plan)[0] / link_rate - forward)
+    return added
+
+
+def worth_having(
+    shape: Shape, M: int, matrix_rate: float = MATRIX_RATE, link_rate: float = LINK_RATE, host: float = float("inf")
+) -> list[Plan]:
+    """The plans of which none is both faster and leaner than another, fastest first.
+
+    host: bytes of host memory that offloading may take.
+    """
+    fit = [plan for plan in PLANS.values() if not plan.offload or shape.kept(M, plan)[0] * shape.layers <= host]
+    front: list[Plan] = []
+    for plan in sorted(
+        fit, key=lambda plan: (cost_seconds(shape, M, plan, matrix_rate, link_rate), device_bytes(shape, M, plan))
+    ):
+        if not front or device_bytes(shape, M, plan) < device_bytes(shape, M, front[-1]):
+            front.append(plan)
+    return front
+
+
+def device_bytes(shape: Shape, M: int, plan: Plan) -> int:
+    """Bytes on the device that all layers together need under `plan`."""
+    may, stays = shape.kept(M, plan)
+    held = (stays + (0 if plan.offload else may)) * shape.layers
+    return held + shape.in_flight(M, plan) + shape.transient(M, plan)
+
+
+def choose(
+    model: nn.Module, budget: int, batch: int, length: int, optimizer: str, dtype: torch.dtype,
+    rates: tuple[float, float] = (MATRIX_RATE, LINK_RATE),
+) -> Estimate:  # fmt: skip
+    """The fastest plans, one a layer, whose step of `batch` x `length` tokens fits into `budget` bytes.
+
+    rates   of `rates`: operations a second, bytes a second to the host
+
+    Returns their Estimate, `plans` in it. Raises FastkitError, with the least that would do, if none fits.
+    """
+    shape, M = Shape.of(model.config, dtype), batch * length
+    host = psutil.virtual_memory().available - HOST_RESERVE
+    front = worth_having(shape, M, *rates, host)
+    room = int(budget * (1 - MARGIN))
+
+    def of(plans: list[Plan]) -> Estimate:
+        return estimate(model, plans, batch, length, optimizer, dtype)
+
+    leanest = of([front[-1]] * shape.layers)
+    if leanest.peak > room:
+        raise FastkitError(
+            f"{batch} x {length} tokens do not fit into {budget / 2**30:.1f} GiB: the leanest plan needs "
+            f"{leanest.peak / (1 - MARGIN) / 2**30:.1f} GiB, {leanest.parts['weights'] / 2**30:.1f} of them weights; "
+            "take a smaller batch_size (with more accumulation), a shorter max_length or a smaller model"
+        )
+    for faster, leaner in zip(front, [*front[1:], front[-1]], strict=True):
+        if of([leaner] * shape.layers).peak > room:
+            continue
+        low, high = 0, shape.layers  # leaner layers: `high` fit, fewer than `low` do not
+        while low < high:
+            middle = (low + high) // 2
+            if of([leaner] * middle + [faster] * (shape.layers - middle)).peak <= room:
+                high = middle
+            else:
+                low = middle + 1
+        return of([leaner] * high + [faster] * (shape.layers - high))
+    return leanest
+
+
+def leaner(plans: list[Plan], shape: Shape, M: int) -> list[Plan] | None:
+    """`plans` with each layer at the next plan that needs less memory; None where no layer has any."""
+    by_size = sorted(PLANS.values(), key=lambda plan: device_bytes(shape, M, plan), reverse=True)
+    found = [by_size[min(by_size.index(plan) + 1, len(by_size) - 1)] for plan in plans]
+    return None if found == plans else found

@@ -1,0 +1,220 @@
+"""The GPU memory of a training step of a patched model, before it runs: what a plan costs, part by part.
+
+M tokens go through at a time (batch x length); s bytes a number of the compute dtype. Per layer, with K hidden, Q query
+and N key columns, I intermediate ones, R heads: the plan's table in `plans.py` says what is kept. Beside that, each
+half's backward holds for a while (the forward holds less):
+
+    MLP         gate, up and their gradient in one buffer, then the larger of
+                W_d and da                                          2 M I + K I + M I
+                W_gu and n or dn                                    2 M I + 2 I K + M K
+    attention   q, k, v, their gradients, o, do and W_qkv or W_o    2 M (Q + 2 N) + 2 M Q + (Q + 2 N) K + M K
+
+and x, dy. Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and
+output, the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; and each layer's backward,
+with those of the layers below it.
+
+An estimate is of torch's allocations. What the allocator reserves beyond (a few percent), and CUDA's own context
+(some 0.5 GiB, outside of what torch counts), come on top.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fastkit.errors import FastkitError
+from fastkit.kernels.linear_cross_entropy import PART_BYTES, PART_ROWS
+from fastkit.models.bnb import bnb
+from fastkit.models.plans import Plan
+
+BLOCK = 512  # bytes: torch's allocator rounds up to it
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw": 0.0, "paged_adamw8bit": 0.0}  # a parameter
+SMALLEST_8BIT = 4096  # parameters: bitsandbytes keeps the state of smaller tensors in fp32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, in numbers; bytes a number of the compute dtype and of the residual stream."""
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    qk_norms: bool
+    itemsize: int
+
+    @classmethod
+    def of(cls, config, dtype: torch.dtype) -> "Shape":
+        """Of a transformers config."""
+        heads = config.num_attention_heads
+        D = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            config.num_hidden_layers, config.hidden_size, heads * D, config.num_key_value_heads * D,
+            config.intermediate_size, heads, config.vocab_size, config.model_type == "qwen3", dtype.itemsize,
+        )  # fmt: skip
+
+    def kept(self, M: int, plan: Plan) -> tuple[int, int]:
+        """(bytes that a layer keeps under `plan` and may offload, bytes that stay on the device in any case)."""
+        numbers = self.hidden
+        if plan.qkv:
+            numbers += self.queries + 2 * self.keys
+        if plan.attention:
+            numbers += self.queries + self.hidden
+        if plan.gate_up:
+            numbers += 2 * self.intermediate
+        lse = 4 * M * self.heads if plan.attention else 0
+        return M * numbers * self.itemsize, lse + 8 * M  # and rstd of both norms, in fp32
+
+    def in_flight(self, M: int, plan: Plan) -> int:
+        """Bytes of what is offloaded that are on the device at a time: what two halves kept, on their way or in use."""
+        layers = 1 if plan.attention else 2  # where one half of a layer keeps for both
+        return self.kept(M, plan)[0] * layers if plan.offload else 0
+
+    def transient(self, M: int, plan: Plan) -> int:
+        """The most bytes that a layer's backward holds beside what was kept."""
+        K, Q, N, I = self.hidden, self.queries, self.keys, self.intermediate
+        m = -(-M // plan.chunks)
+        mlp = (0 if plan.gate_up else 2 * m * I) + max(K * I + m * I, 2 * I * K + m * K)
+        if plan.chunks > 1:
+            mlp += 2 * M * K  # the parts of dx, and the whole
+        qkv = M * (Q + 2 * N)
+        attention = qkv + (0 if plan.qkv else qkv) + 2 * M * Q + max((Q + 2 * N) * K, Q * K) + M * K
+        attention += M * (Q + N) if self.qk_norms else 0
+        if not plan.attention:  # what was attended again waits for the MLP's backward
+            mlp += qkv + M * Q + M * K
+        return (max(mlp, attention) + 2 * M * K) * self.itemsize  # x and dy
+
+
+@dataclass
+class Estimate:
+    """Bytes of a training step, by part, and its peak: their sum.
+
+    parts       "weights", "adapters", "gradients", "optimizer", "activations", "workspace", "loss", in bytes
+    host        bytes of pinned host memory that offloading takes
+    """
+
+    parts: dict[str, int]
+    host: int
+    tokens: int
+    plans: list[Plan] = field(repr=False)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict:
+        """For metrics.json, in GiB."""
+        parts = {name: round(size / 2**30, 6) for name, size in self.parts.items()}
+        return parts | {
+            "peak": round(self.peak / 2**30, 6),
+            "host": round(self.host / 2**30, 6),
+            "plans": describe(self.plans),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"memory of a step of {self.tokens:,} tokens, estimated ({describe(self.plans)}):"]
+        lines += [f"  {name:<12}{size / 2**30:7.2f} GiB" for name, size in self.parts.items()]
+        lines.append(f"  {'peak':<12}{self.peak / 2**30:7.2f} GiB")
+        if self.host:
+            lines.append(f"  {'on the host':<12}{self.host / 2**30:7.2f} GiB")
+        return "\n".join(lines)
+
+
+def describe(plans: list[Plan]) -> str:
+    """ "16 layers recompute-all+offload, 16 layers keep": runs of layers with one plan, first to last."""
+    runs: list[list] = []
+    for plan in plans:
+        if runs and runs[-1][1] == plan.name:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, plan.name])
+    return ", ".join(f"{count} layer{'s' * (count != 1)} {name}" for count, name in runs)
+
+
+def estimate(model: nn.Module, plans: list[Plan], batch: int, length: int, optimizer: str, dtype: torch.dtype):
+    """The Estimate of a step of `batch` x `length` tokens of `model`, with one plan a layer.
+
+    optimizer   a name of FinetuneConfig.optimizer; dtype: what products are computed in
+    """
+    shape, M = Shape.of(model.config, dtype), batch * length
+    frozen, trained = model_bytes(model)
+    layers = [shape.kept(M, plan) for plan in plans]
+    held = [stays + (0 if plan.offload else may) for (may, stays), plan in zip(layers, plans, strict=True)]
+    flight = max(shape.in_flight(M, plan) for plan in plans)
+    stream = M * shape.hidden * shape.itemsize
+    loss = 3 * stream + part_bytes(shape, M)  # the last norm's input and output, dx; one part's logits
+    peaks = {"loss": (sum(held) + flight, loss)}
+    below = 0
+    for plan, own in zip(plans, held, strict=True):
+        below += own
+        peaks["layer"] = max(
+            peaks.get("layer", (0, 0)), (below + flight, shape.transient(M, plan)), key=lambda peak: sum(peak)
+        )
+    where = max(peaks, key=lambda name: sum(peaks[name]))
+    activations, work = peaks[where]
+    parameters = [p.numel() for p in model.parameters() if p.requires_grad]
+    return Estimate(
+        {
+            "weights": frozen,
+            "adapters": trained,
+            "gradients": trained,
+            "optimizer": sum(_state_bytes(numel, optimizer) for numel in parameters),
+            "activations": activations,
+            "workspace": 0 if where == "loss" else work,
+            "loss": work if where == "loss" else 0,
+        },
+        sum(may for (may, _), plan in zip(layers, plans, strict=True) if plan.offload),
+        M,
+        plans,
+    )
+
+
+def part_bytes(shape: Shape, M: int) -> int:
+    """Bytes of the logits of the rows, of M, that the loss takes at a time."""
+    row = shape.vocabulary * shape.itemsize
+    return min(M, max(PART_ROWS, PART_BYTES // row)) * row
+
+
+def model_bytes(model: nn.Module) -> tuple[int, int]:
+    """(bytes of what is frozen, with the 4-bit weights' scales; bytes of what is trained)."""
+    frozen = trained = 0
+    seen: set[int] = set()
+
+    def once(tensor: torch.Tensor | None) -> int:
+        if tensor is None or tensor.data_ptr() in seen or not tensor.numel():
+            return 0
+        seen.add(tensor.data_ptr())
+        return -(-tensor.nbytes // BLOCK) * BLOCK
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                trained += once(parameter)
+            else:
+                frozen += once(parameter)
+        for buffer in module.buffers(recurse=False):
+            frozen += once(buffer)
+        if isinstance(module, bnb.nn.Linear4bit) and (state := getattr(module.weight, "quant_state", None)):
+            for level in filter(None, (state, state.state2)):
+                frozen += once(level.absmax) + once(level.code)
+            frozen += once(state.offset)
+    return frozen, trained
+
+
+def _state_bytes(numel: int, optimizer: str) -> int:
+    if optimizer == "adamw8bit" and numel < SMALLEST_8BIT:
+        return 8 * numel
+    return round(OPTIMIZER_BYTES[optimizer] * numel)
+
+
+def parse_bytes(text: str | float) -> int:
+    """Bytes of "8GiB", "7.5 GB", "900MiB" or a number of GiB; raises FastkitError for anything else."""
+    units = {"": 2**30, "b": 1, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
+    if not found or found[2].lower() not in units or not float(found[1]):
+        raise FastkitError(f"{text!r} is no amount of memory: give GiB, such as 8, or 8GiB, 7.5GB, 900MiB")
+    return int(float(found[1]) * units[found[2].lower()])

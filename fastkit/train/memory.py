@@ -1,0 +1,77 @@
+"""A step that runs out of GPU memory is done again under the next leaner plan, with nothing lost."""
+
+import gc
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastkit.models.budget import leaner
+from fastkit.models.estimate import Shape, describe
+from fastkit.models.patch import fused_layers, set_plan
+from fastkit.models.plans import PLANS
+
+
+class Retry:
+    """Runs the passes of each optimizer step, and where memory runs out, all of that step's again.
+
+    Gradients of a step are sums over its passes, and a backward that breaks off leaves some of its own in them. So the
+    step begins anew: gradients cleared, random numbers set back, the plan of every fused layer one step leaner. The
+    batches of a step are kept for that until the next begins; they are token ids.
+
+    switched    what was said of each change of plan
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.layers = model, fused_layers(model)
+        self.step, self.passes, self.random = None, [], None
+        self.switched: list[str] = []
+
+    def run(self, step: int, one_pass: Callable[[dict], torch.Tensor], inputs: dict) -> torch.Tensor:
+        """one_pass(inputs), the next pass of optimizer step number `step`: forward and backward; its loss."""
+        if step != self.step:
+            self.step, self.passes, self.random = step, [], _random_state()
+        self.passes.append(dict(inputs))
+        again = [inputs]
+        while True:
+            try:
+                for batch in again:
+                    loss = one_pass(dict(batch))
+                return loss
+            except torch.OutOfMemoryError as error:
+                plans = self._leaner(self.passes[-1])
+                if plans is None:
+                    raise
+                said = f"out of GPU memory ({str(error).partition('.')[0]}): step {step} begins again under {plans}"
+            # outside of the handler: the error's frames hold tensors
+            self.model.zero_grad(set_to_none=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.switched.append(said)
+            warnings.warn(said, stacklevel=2)
+            _set_random_state(self.random)
+            again = self.passes
+
+    def _leaner(self, inputs: dict) -> str | None:
+        """Give the layers leaner plans, and describe them; None where there are none."""
+        if not self.layers:
+            return None
+        shape = Shape.of(self.model.config, torch.bfloat16)
+        checkpointed = "recompute-all" if self.layers[0].checkpointed() else "keep"
+        plans = leaner([layer.plan or PLANS[checkpointed] for layer in self.layers], shape, inputs["input_ids"].numel())
+        if plans is None:
+            return None
+        set_plan(self.model, plans)
+        return describe(plans)
+
+
+def _random_state() -> tuple:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def _set_random_state(state: tuple) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,139 @@
+"""The estimate of a step's memory, and the plans that a budget buys."""
+
+import types
+
+import pytest
+import torch
+from fused_case import BATCH, fused, layers_of, model_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastkit.errors import FastkitError
+from fastkit.models import budget, estimate
+from fastkit.models.budget import choose, device_bytes, leaner, worth_having
+from fastkit.models.estimate import Shape, describe, model_bytes, parse_bytes
+from fastkit.models.plans import PLANS
+from fastkit.models.shapes import SHAPES
+
+MISTRAL = Shape(32, 4096, 4096, 1024, 14336, 32, 32000, False, 2)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_what_is_kept_is_what_the_estimate_says(folder, references, plan, arch):
+    model = fused(model_of(folder, arch, num_hidden_layers=5), plan)
+    shape, M = Shape.of(model.config, torch.float32), BATCH["input_ids"].numel()
+    keeper = layers_of(model)[0].forward.shared.keeper
+    made, keep = [], keeper.keep
+    keeper.keep = lambda *args: made.append(keep(*args)) or made[-1]
+    loss = model(**BATCH, use_cache=False).loss
+    here = sum(x.nbytes for kept in made for x in (kept.here or {}).values())
+    away = sum(buffer.data.nbytes for kept in made for buffer, _, _ in kept.away.values() if kept.here is None)
+    expected = shape.kept(M, PLANS[plan])[0] * shape.layers
+    assert here + away == expected
+    if PLANS[plan].offload:
+        assert here <= shape.in_flight(M, PLANS[plan]) and away > 0
+    del loss
+
+
+def test_model_bytes_are_those_of_every_tensor_once(folder):
+    model = model_of(folder)
+    frozen, trained = model_bytes(model)
+    lora = [p for p in model.parameters() if p.requires_grad]
+    assert trained == sum(-(-p.nbytes // 512) * 512 for p in lora)
+    weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert weights < frozen < 1.5 * weights + 200 * 512
+    model.get_base_model().lm_head.weight = model.get_base_model().model.embed_tokens.weight  # tied: counted once
+    assert model_bytes(model)[0] < frozen
+
+
+def test_the_plans_worth_having_run_from_fast_to_lean():
+    for matrix_rate, link_rate in ((700e12, 50e9), (100e12, 20e9), (30e12, 6e9)):
+        front = worth_having(MISTRAL, 8192, matrix_rate, link_rate)
+        times = [budget.cost_seconds(MISTRAL, 8192, plan, matrix_rate, link_rate) for plan in front]
+        sizes = [device_bytes(MISTRAL, 8192, plan) for plan in front]
+        assert front[0].name == "keep" and front[-1].name == "leanest"
+        assert times == sorted(times) and sizes == sorted(sizes, reverse=True)
+    assert not any(plan.offload for plan in worth_having(MISTRAL, 8192, host=2**28))
+
+
+@pytest.fixture
+def sized(monkeypatch):
+    """A model of Mistral-7B's sizes without its numbers."""
+    monkeypatch.setattr(estimate, "model_bytes", lambda model: (4 * 2**30, 160 * 2**20))
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**40))
+    config = types.SimpleNamespace(**SHAPES["mistral-7b"])
+    parameters = [types.SimpleNamespace(numel=lambda: 42_000_000, requires_grad=True)]
+    return types.SimpleNamespace(config=config, parameters=lambda: parameters)
+
+
+def test_a_larger_budget_is_never_slower(sized):
+    speeds = []
+    for gib in (5.6, 6, 7, 8, 12, 16, 20, 24, 40):
+        found = choose(sized, int(gib * 2**30), 4, 2048, "adamw8bit", torch.bfloat16)
+        assert found.peak <= gib * 2**30 and len(found.plans) == 32
+        speeds.append(sum(budget.cost_seconds(MISTRAL, 8192, plan) for plan in found.plans))
+        assert sum(size for size in found.parts.values()) == found.peak
+    assert speeds == sorted(speeds, reverse=True) and speeds[-1] == 0
+    text = str(found)
+    assert "8,192 tokens" in text and "32 layers keep" in text and "peak" in text
+
+
+def test_a_budget_too_small_says_the_least_that_fits(sized):
+    with pytest.raises(FastkitError, match=r"do not fit into 4.0 GiB: the leanest plan needs (\d\.\d) GiB") as error:
+        choose(sized, 4 * 2**30, 4, 2048, "adamw8bit", torch.bfloat16)
+    least = float(str(error.value).partition("needs ")[2].split()[0])
+    found = choose(sized, int((least + 0.1) * 2**30), 4, 2048, "adamw8bit", torch.bfloat16)
+    assert {plan.name for plan in found.plans} == {"leanest"}
+
+
+def test_leaner_ends_and_never_needs_more():
+    plans, seen = [PLANS["keep"]] * 16 + [PLANS["recompute-mlp"]] * 16, 0
+    while (after := leaner(plans, MISTRAL, 8192)) is not None:
+        for old, new in zip(plans, after, strict=True):
+            assert device_bytes(MISTRAL, 8192, new) <= device_bytes(MISTRAL, 8192, old)
+        plans, seen = after, seen + 1
+    assert seen >= 5 and {plan.name for plan in plans} == {"leanest"}
+
+
+def test_plans_are_described_in_runs():
+    plans = [PLANS["leanest"]] * 3 + [PLANS["keep"]]
+    assert describe(plans) == "3 layers leanest, 1 layer keep"
+
+
+@given(st.floats(0.01, 1000), st.sampled_from(["", "GiB", " GiB", "gb", "MB", "mib"]))
+def test_amounts_of_memory(amount, unit):
+    factor = {"": 2**30, "gib": 2**30, "gb": 1e9, "mb": 1e6, "mib": 2**20}[unit.strip().lower()]
+    assert abs(parse_bytes(f"{amount:f}{unit}") - float(f"{amount:f}") * factor) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 XB", "-3", "0", "8GiB each"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(FastkitError, match="no amount of memory"):
+        parse_bytes(text)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, fresh_seed):
+    from bitsandbytes.optim import AdamW8bit
+
+    from fastkit.models import add_lora, load
+    from fastkit.models.patch import patch
+
+    base, _ = load("mistral-7b", random_weights=True, device="cuda", dtype="bf16")
+    del base.model.layers[6:]
+    base.config.num_hidden_layers = 6
+    torch.cuda.empty_cache()
+    model = add_lora(base, rank=16).train()
+    assert patch(model, plan).layers == 6
+    expected = estimate.estimate(model, [PLANS[plan]] * 6, 4, 2048, "adamw8bit", torch.bfloat16)
+    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(3, 32000, (4, 2048), device="cuda")
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = torch.cuda.max_memory_allocated()
+    assert abs(expected.peak - measured) <= 0.05 * measured, f"{expected}\nmeasured {measured / 2**30:.2f} GiB"
