@@ -1,4 +1,7 @@
-"""Copies the notebooks with small parameters put in, to be run by nbval or papermill: prepare_notebooks.py FOLDER."""
+"""Copies the notebooks with small parameters put in, to be run by nbval or papermill: prepare_notebooks.py FOLDER.
+
+prepare_notebooks.py --stamp     puts tests/setup_cell.py into the first code cell of every notebook of the course
+"""
 
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ import papermill
 from tiny import tiny_data
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb"))
+SETUP = Path(__file__).with_name("setup_cell.py").read_text().strip()
 
 
 def small_parameters(notebook: Path, folder: Path) -> dict:
@@ -31,5 +35,15 @@ def prepare(folder: Path) -> list[Path]:
     return copies
 
 
+def stamp() -> None:
+    """Put the setup cell into every notebook that begins with an earlier text of it."""
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        if first.source.startswith(SETUP.splitlines()[0]) and first.source != SETUP:
+            first.source = SETUP
+            nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    stamp() if sys.argv[1] == "--stamp" else prepare(Path(sys.argv[1]))

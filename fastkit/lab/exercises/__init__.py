@@ -4,8 +4,11 @@ check("vector_add", add)    runs `add` in a process of its own on fresh inputs
 hint("vector_add")          one more hint each time
 solution("vector_add")      the source of an answer that is right
 exercises()                 the tasks; exercises("vector_add") one of them in full
+
+Questions, whose answer is a number or a word, are asked and checked by the same four: check("measure.ridge", 236).
 """
 
+import ast
 import importlib.util
 import os
 import random
@@ -14,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastkit.errors import FastkitError
-from fastkit.lab.exercises.catalog import EXERCISES, find
+from fastkit.lab.exercises.catalog import EXERCISES, QUESTIONS, find
 from fastkit.lab.exercises.demands import prepare, unmet
 from fastkit.lab.exercises.process import INSIDE, Child
+from fastkit.lab.exercises.question import Question, not_answered
 from fastkit.lab.exercises.verdict import Verdict
 from fastkit.lab.sources import Source, carry, read
 
@@ -35,7 +39,7 @@ class Tasks(dict):
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        return "\n".join(f"* `{EXERCISES[name].signature}`: {task}" for name, task in self.items())
+        return "\n".join(f"* `{getattr(find(name), 'signature', name)}`: {task}" for name, task in self.items())
 
 
 class Text(str):
@@ -53,18 +57,23 @@ class Text(str):
 def exercises(name: str | None = None) -> Tasks | Text:
     """The exercises' one-line tasks by name; with a name, all that its answer has to do."""
     if name is None:
-        return Tasks({name: exercise.task for name, exercise in EXERCISES.items()})
+        return Tasks({name: exercise.task for name, exercise in (EXERCISES | QUESTIONS).items()})
     exercise = find(name)
+    if isinstance(exercise, Question):
+        text = Text(f"{name}: {exercise.task}")
+        text.markdown = exercise.task
+        return text
     text = Text(f"{exercise.signature}: {exercise.task} {exercise.details}")
     text.markdown = f"**{exercise.task}** `{exercise.signature}`: {exercise.details}"
     return text
 
 
-def check(name: str, answer: Callable | str | Path, seconds: float | None = None, seed: int | None = None) -> Verdict:
+def check(name: str, answer, seconds: float | None = None, seed: int | None = None) -> Verdict:
     """Whether `answer` solves the exercise `name`.
 
     answer   a function with the exercise's signature that launches a Triton kernel; or a file, or source text, that
-             defines one under the exercise's name. It writes into the outputs that it is given.
+             defines one under the exercise's name. It writes into the outputs that it is given. For a question, a
+             number or a word. None, or a function whose body is `...`, is no answer yet
     seconds  that the answer may run, imports not counted (on a CPU 10, on a GPU 60)
     seed     of the inputs, as a verdict names it; drawn anew without
 
@@ -73,6 +82,10 @@ def check(name: str, answer: Callable | str | Path, seconds: float | None = None
     function whose source cannot be carried over. Changing the answer and checking again needs no restart.
     """
     exercise = find(name)
+    if isinstance(exercise, Question):
+        return exercise.check(answer)
+    if answer is None or (callable(answer) and _is_skeleton(answer)):
+        return not_answered(name)
     if os.environ.get(INSIDE):
         raise FastkitError("check() is called by the answer itself: call it outside of the file that is checked")
     if importlib.util.find_spec("triton") is None:
@@ -103,8 +116,10 @@ def hint(name: str, number: int | None = None) -> Text:
 
 
 def solution(name: str) -> Text:
-    """The source of an answer that is right, highlighted in a notebook."""
+    """The source of an answer that is right, highlighted in a notebook; of a question, the way to its answer."""
     text = Text(find(name).solution)
+    if name in QUESTIONS:
+        return text
     text.markdown = f"```python\n{text}```"
     return text
 
@@ -120,6 +135,19 @@ def _source(name: str, answer) -> Source:
             raise FastkitError(f"no file {path}: give a function, a file that defines {name}, or its text")
         return read(path.read_text(), name, str(path))
     return read(answer, name, "answer")
+
+
+def _is_skeleton(answer: Callable) -> bool:
+    """Whether a function does nothing: its body is `...` or `pass`, below a docstring perhaps."""
+    try:
+        definition = ast.parse(carry(answer).text).body[-1]
+    except FastkitError:
+        return False
+    body = getattr(definition, "body", None)
+    return isinstance(body, list) and all(
+        isinstance(line, ast.Pass) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+        for line in body
+    )
 
 
 def _has_gpu() -> bool:

@@ -1,10 +1,33 @@
 """All exercises, in the order of the course."""
 
+import importlib
+import importlib.util
+
 from fastkit.errors import FastkitError
 from fastkit.lab.exercises import moving, rows, tiles
 from fastkit.lab.exercises.exercise import Exercise
+from fastkit.lab.exercises.question import Question
 
-EXERCISES = {
+COURSE = (
+    "measure",
+    "first_kernel",
+    "coalescing",
+    "shared_memory_banks",
+    "warp_reductions",
+    "tiling",
+    "tensor_cores",
+    "pipelining",
+)
+
+
+def _of_the_course(package: str, collection: str) -> list:
+    """What the notebooks' files `package`/<notebook>.py list under the name `collection`."""
+    modules = (f"fastkit.lab.{package}.{notebook}" for notebook in COURSE)
+    there = filter(importlib.util.find_spec, modules)
+    return [one for module in there for one in getattr(importlib.import_module(module), collection)]
+
+
+EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
     for exercise in (
         moving.VECTOR_ADD,
@@ -17,12 +40,19 @@ EXERCISES = {
         tiles.SWIGLU_FORWARD,
         rows.CROSS_ENTROPY_LOSS,
         moving.DEQUANT_4BIT,
+        *_of_the_course("exercises", "EXERCISES"),
     )
+}
+QUESTIONS: dict[str, Question] = {
+    question.name: question for question in _of_the_course("exercises.questions", "QUESTIONS")
 }
 
 
-def find(name: str) -> Exercise:
-    """The exercise of that name. Raises FastkitError that lists all."""
-    if name not in EXERCISES:
-        raise FastkitError(f"no exercise is named {name!r}: there are {', '.join(EXERCISES)}")
-    return EXERCISES[name]
+def find(name: str) -> Exercise | Question:
+    """The exercise or question of that name. Raises FastkitError that lists all, or those of the same notebook."""
+    found = EXERCISES | QUESTIONS
+    if name not in found:
+        notebook = f"{name.partition('.')[0]}."
+        near = [other for other in found if other.startswith(notebook)] or list(EXERCISES)
+        raise FastkitError(f"no exercise is named {name!r}: there are {', '.join(near)}")
+    return found[name]

@@ -8,7 +8,10 @@ SHOWN = 6  # cases in a line
 
 @dataclass
 class Verdict:
-    """True if the answer is right. `property` is the one that does not hold, `case` the smallest that shows it."""
+    """True if the answer is right. `property` is the one that does not hold, `case` the smallest that shows it.
+
+    Where there is no answer yet there is no property either. `right` is empty where no cases are tried.
+    """
 
     exercise: str
     passed: bool
@@ -42,9 +45,15 @@ class Verdict:
         )
 
     def _head(self) -> str:
-        return f"{self.exercise}: right" if self.passed else f"{self.exercise}, {self.property}: {self.message}"
+        if self.passed:
+            return f"{self.exercise}: right"
+        return ", ".join(filter(None, (self.exercise, self.property))) + f": {self.message}"
 
     def _body(self) -> list[str]:
+        if not self.passed and not self.property:
+            return []
+        if self.passed and not self.right:
+            return self.lines
         if self.passed:
             left_out = f"; {self.left_out} larger ones left out for want of time" if self.left_out else ""
             return [f"{len(self.right)} cases, {self.lane}, {self.seconds:.1f} s{left_out}", *self.lines]
