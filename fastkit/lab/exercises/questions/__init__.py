@@ -1,0 +1,1 @@
+"""The notebooks' questions, a file each, under the name of the notebook: a list QUESTIONS."""
