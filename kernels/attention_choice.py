@@ -1,17 +1,19 @@
 """Which attention is fastest here: `attention`'s own kernels or one of torch's backends.
 
-It hangs on the card, the shapes and the library versions, and no table of ours would stay true. So on a GPU `choose`
-times those that can take the tensors, forward and backward, once for each kind of tensors, and remembers in memory.
+It hangs on the card, the shapes and the library versions. So on a GPU `choose` times those that can take the tensors,
+forward and backward, once for each kind of tensors, and remembers: in memory and on disk (see `choices.py`).
 """
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastkit.kernels import choices
 from fastkit.kernels.attention import attention, seen_pairs
 from fastkit.kernels.attention_forward import lacking
 from fastkit.kernels.common import architecture
@@ -26,6 +28,7 @@ BACKENDS = {
 }
 RUNS = 5  # timed for each candidate, after two that warm up
 _chosen: dict[tuple, str] = {}
+_decider: str | None = None  # see `deciding`; not a context variable: backward passes run in threads of their own
 
 
 def attend_by(
@@ -69,16 +72,17 @@ def candidates(
 
 def choose(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True, window: int | None = None,
-    scale: float | None = None, force: str | None = None, timed: bool = True,
+    scale: float | None = None, force: str | None = None, timed: bool = True, among: Sequence[str] = tuple(BACKENDS),
 ) -> str:  # fmt: skip
     """The name to give to `attend_by` for tensors such as these.
 
     force    a name, which is taken if these tensors can be computed so
-    timed    False: the first of BACKENDS that can take them, which needs no time and is the same in every run
+    timed    False: the fastest if it is known already, else the first of BACKENDS that can take them
+    among    the names that may be chosen
 
     On a GPU the fastest, by the median of RUNS forward passes (and backward, if an input requires a gradient), timed
-    once for each card, dtype, shapes, layouts and options. While a CUDA graph is captured or torch.compile traces
-    nothing is timed. Elsewhere than on CUDA "ours", which is the torch reference there.
+    once for each card, versions, dtype, shapes, layouts and options. While a CUDA graph is captured or torch.compile
+    traces nothing is timed. Elsewhere than on CUDA "ours", which is the torch reference there.
 
     Raises ValueError for a `force` that there is not, RuntimeError where it cannot take these tensors.
     """
@@ -90,25 +94,57 @@ def choose(
                 f"choose: backend {force!r} cannot take q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype}"
             )
         return force
-    names = candidates(q, k, causal, window)
+    names = tuple(name for name in candidates(q, k, causal, window) if name in among)
     if len(names) == 1:
         return names[0]
+    if _decider in names:
+        return _decider
+    timed = timed or _decider == "timed"
     idle = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     layouts = tuple((x.shape, x.stride()) for x in (q, k, v))
-    key = (_card(q.device), q.dtype, layouts, causal, window, scale, trained, timed)
-    if key not in _chosen:
-        if not idle:  # nothing may be tried
-            return "ours" if "ours" in names else names[-1]
-        times = {}
-        for name in names:
-            milliseconds = _time(name, q, k, v, causal, window, scale, RUNS if timed else 0, trained)
-            if milliseconds is not None:
-                times[name] = milliseconds
-                if not timed:
-                    break
-        _chosen[key] = min(times, key=times.get)
-    return _chosen[key]
+    key = (_card(q.device), q.dtype, layouts, causal, window, scale, trained, names)
+    for known in (key,) if timed else (key, (*key, "untimed")):
+        if known in _chosen:
+            return _chosen[known]
+    if not torch.compiler.is_compiling() and (stored := choices.stored(*_on_disk(key))) in names:
+        _chosen[key] = stored
+        return stored
+    if not idle:  # nothing may be tried
+        return "ours" if "ours" in names else names[-1]
+    times = {}
+    for name in names:
+        milliseconds = _time(name, q, k, v, causal, window, scale, RUNS if timed else 0, trained)
+        if milliseconds is not None:
+            times[name] = milliseconds
+            if not timed:
+                break
+    best = min(times, key=times.get)
+    _chosen[key if timed else (*key, "untimed")] = best
+    if timed:
+        choices.store(*_on_disk(key), best)
+    return best
+
+
+def _on_disk(key: tuple) -> tuple[str, str]:
+    """The file of a key of `_chosen`, and what it is called there."""
+    card, dtype, layouts, causal, window, scale, trained, names = key
+    tensors = ", ".join(
+        f"{name} {list(shape)} by {list(strides)}" for name, (shape, strides) in zip("qkv", layouts, strict=True)
+    )
+    options = f"causal {causal}, window {window}, scale {scale}, backward {trained}, of {' '.join(names)}"
+    return choices.file_name("attention", card), f"{str(dtype).removeprefix('torch.')} {tensors}, {options}"
+
+
+@contextmanager
+def deciding(how: str) -> Iterator[None]:
+    """Within, `choose` times also where it is asked not to (`how` "timed"), or takes the backend `how` where it may."""
+    global _decider
+    before, _decider = _decider, how
+    try:
+        yield
+    finally:
+        _decider = before
 
 
 @functools.cache

