@@ -4,12 +4,24 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from fastkit.errors import FastkitError
+from fastkit.models.estimate import parse_bytes
+from fastkit.models.plans import plan_of
 
 # What must be the same for a resumed run to be the same run.
-RESUME_MAY_CHANGE = ("output", "resume", "save_total_limit", "progress")
+RESUME_MAY_CHANGE = (
+    "output",
+    "resume",
+    "save_total_limit",
+    "progress",
+    "plan",
+    "budget",
+    "strategy",
+    "batch_size",
+    "accumulation",
+)
 
 
-def _flag(default, text: str):
+def flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
@@ -17,45 +29,54 @@ def _flag(default, text: str):
 class FinetuneConfig:
     """Settings of one fine-tune; the metadata of each field is its help text."""
 
-    model: str = _flag("smollm2", "smollm2, a local folder, a hub id, or with random_weights a named 7B or 13B shape")
-    random_weights: bool = _flag(False, "draw random weights of the exact shape: for speed and memory, not for quality")
-    data: str = _flag("gpu-instructions", "file (jsonl, json, csv, parquet), folder, hub id, or gpu-instructions")
-    validation: str | None = _flag(None, "validation data; by default the data's own split, else a part of train")
-    validation_fraction: float = _flag(0.05, "part of the training data held out when there is no validation data")
-    output: str = _flag("runs/finetune", "folder of this run: checkpoints, adapter, metrics.json")
-    resume: bool = _flag(False, "go on from the last checkpoint in the output folder")
-    max_length: int = _flag(1024, "longest sequence in tokens")
-    on_long: Literal["truncate", "drop", "error"] = _flag("truncate", "what to do with a longer record")
-    rank: int = _flag(16, "rank of the LoRA adapters")
-    alpha: float | None = _flag(None, "LoRA scale = alpha / rank; by default alpha = rank")
-    dropout: float = _flag(0.0, "dropout on the adapters' input")
-    learning_rate: float = _flag(2e-4, "peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = _flag("cosine", "learning rate after the warm-up")
-    warmup: float = _flag(0.05, "part of the steps in which the learning rate rises")
-    weight_decay: float = _flag(0.0, "decoupled weight decay of the adapters")
-    max_grad_norm: float = _flag(1.0, "clip the gradient's norm to this")
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = _flag(
+    model: str = flag("smollm2", "smollm2, a local folder, a hub id, or with random_weights a named 7B or 13B shape")
+    random_weights: bool = flag(False, "draw random weights of the exact shape: for speed and memory, not for quality")
+    data: str = flag("gpu-instructions", "file (jsonl, json, csv, parquet), folder, hub id, or gpu-instructions")
+    validation: str | None = flag(None, "validation data; by default the data's own split, else a part of train")
+    validation_fraction: float = flag(0.05, "part of the training data held out when there is no validation data")
+    output: str = flag("runs/finetune", "folder of this run: checkpoints, adapter, metrics.json")
+    resume: bool = flag(False, "go on from the last checkpoint in the output folder")
+    max_length: int = flag(1024, "longest sequence in tokens")
+    on_long: Literal["truncate", "drop", "error"] = flag("truncate", "what to do with a longer record")
+    rank: int = flag(16, "rank of the LoRA adapters")
+    alpha: float | None = flag(None, "LoRA scale = alpha / rank; by default alpha = rank")
+    dropout: float = flag(0.0, "dropout on the adapters' input")
+    learning_rate: float = flag(2e-4, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = flag("cosine", "learning rate after the warm-up")
+    warmup: float = flag(0.05, "part of the steps in which the learning rate rises")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the adapters")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = flag(
         "adamw8bit", "AdamW, in fp32 by torch, else by bitsandbytes"
     )
-    epochs: float = _flag(1.0, "passes over the training data, when steps is not given")
-    steps: int = _flag(-1, "optimizer steps; overrides epochs when above 0")
-    batch_size: int = _flag(4, "sequences a forward pass")
-    accumulation: int = _flag(1, "forward passes an optimizer step")
-    gradient_checkpointing: bool | None = _flag(None, "recompute activations; default: only above 1B parameters")
-    kernels: Literal["auto", "on", "off"] = _flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
-    device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag("auto", "auto: bf16, fp16 on older cards, fp32 on the CPU")
-    eval_steps: int = _flag(0, "validate every so many steps; 0: eight times a run")
-    save_steps: int = _flag(0, "checkpoint every so many steps; 0: at each validation")
-    save_total_limit: int = _flag(2, "checkpoints kept, beside the best")
-    keep: Literal["best", "last"] = _flag(
+    epochs: float = flag(1.0, "passes over the training data, when steps is not given")
+    steps: int = flag(-1, "optimizer steps; overrides epochs when above 0")
+    batch_size: int = flag(4, "sequences a forward pass")
+    accumulation: int = flag(1, "forward passes an optimizer step")
+    gradient_checkpointing: bool | None = flag(None, "recompute activations; default: only above 1B parameters")
+    kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
+    plan: str = flag(
+        "off",
+        "what fused decoder layers keep for the backward: auto, the fastest that fits the budget; a plan's name; "
+        "off: layers are not fused",
+    )
+    budget: str | None = flag(None, 'GPU memory that the run may take, such as "8GiB"; by default what is free')
+    strategy: Literal["ddp", "fsdp2"] = flag(
+        "ddp", "under torchrun: ddp, the model whole on each GPU; fsdp2, in parts, for one that does not fit"
+    )
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "auto: bf16, fp16 on older cards, fp32 on the CPU")
+    eval_steps: int = flag(0, "validate every so many steps; 0: eight times a run")
+    save_steps: int = flag(0, "checkpoint every so many steps; 0: at each validation")
+    save_total_limit: int = flag(2, "checkpoints kept, beside the best")
+    keep: Literal["best", "last"] = flag(
         "best", "which adapter to export: the one of the lowest validation loss, or the last"
     )
-    patience: int = _flag(3, "stop after so many validations without a new lowest loss; 0: never")
-    seed: int = _flag(0, "of the adapters, the order of the data and the dropout")
-    facts: bool = _flag(True, "ask the validation records that carry a fact, before and after")
-    samples: int = _flag(3, "how many other validation questions to answer, before and after")
-    progress: bool = _flag(True, "show the progress bar, or in a notebook the live plot")
+    patience: int = flag(3, "stop after so many validations without a new lowest loss; 0: never")
+    seed: int = flag(0, "of the adapters, the order of the data and the dropout")
+    facts: bool = flag(True, "ask the validation records that carry a fact, before and after")
+    samples: int = flag(3, "how many other validation questions to answer, before and after")
+    progress: bool = flag(True, "show the progress bar, or in a notebook the live plot")
 
     def check(self) -> None:
         """Raise FastkitError, naming the value, for a setting that cannot work."""
@@ -70,8 +91,18 @@ class FinetuneConfig:
                 raise FastkitError(f"--{name} {getattr(self, name)} must not be negative")
         if self.steps == 0 or self.steps < -1:
             raise FastkitError(f"--steps {self.steps} must be above 0, or -1 to go by --epochs")
+        if self.plan not in ("auto", "off"):
+            plan_of(self.plan)
+        if self.budget is not None:
+            parse_bytes(self.budget)
         if not 0 < self.validation_fraction < 1:
             raise FastkitError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1")
+        if self.strategy == "fsdp2" and self.optimizer != "adamw":
+            raise FastkitError(
+                f"--strategy fsdp2 shards the optimizer's state, which {self.optimizer} cannot: add --optimizer adamw"
+            )
+        if self.strategy == "fsdp2" and self.dtype == "fp16":
+            raise FastkitError("--strategy fsdp2 has no loss scaling for --dtype fp16: use bf16 or fp32")
         if self.keep == "best" and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
             raise FastkitError(
                 f"--save_steps {self.save_steps} must be a multiple of --eval_steps {self.eval_steps} to keep the best "

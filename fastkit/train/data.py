@@ -191,6 +191,7 @@ class Collator:
             labels[n, :length] = torch.as_tensor(record["labels"])
         next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         columns = (next_labels != IGNORE).any(0).nonzero().squeeze(1)
+        columns = columns if len(columns) else torch.zeros(1, dtype=torch.long)  # no model is asked for no logits
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

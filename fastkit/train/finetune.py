@@ -10,10 +10,11 @@ from transformers import TrainerCallback, set_seed
 
 from fastkit.errors import FastkitError
 from fastkit.lab.device import card, has_triton, peak_gib, reset_peak, versions
-from fastkit.models import add_lora, load
+from fastkit.models import add_lora, budget, load
 from fastkit.models.chat import answer
+from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
-from fastkit.train import data, facts, run_folder
+from fastkit.train import data, facts, processes, run_folder, sharding
 from fastkit.train import trainer as trainer_
 from fastkit.train.callbacks import Bar, LivePlot, curves, in_notebook
 from fastkit.train.config import FinetuneConfig
@@ -48,18 +49,19 @@ class FineTune:
     def prepare(self) -> "FineTune":
         """Load and check everything; evaluate the model as it is."""
         config = self.config
-        device = resolve_device(config.device)
+        device = resolve_device(processes.device_of(config.device))
+        processes.join(device)
         self.dtype = resolve_dtype(config.dtype, device)
         use_kernels = self._use_kernels(device)
         train_records, validation_records = data.load_splits(
             config.data, config.validation_fraction, config.seed, config.validation
         )
-        run_folder.check(config)
+        processes.by_first(lambda: run_folder.check(config))
         set_seed(config.seed)
         base, self.tokenizer = load(
             config.model,
             random_weights=config.random_weights,
-            device=config.device,
+            device=str(device),
             dtype=config.dtype,
             seed=config.seed,
         )
@@ -72,10 +74,8 @@ class FineTune:
         self.model = add_lora(base, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed)
         self.device = device
         if use_kernels:
-            from fastkit.models.patch import patch
-
-            self.metrics["kernels"] = patch(self.model, layers=False).as_dict()  # fused ones are yet to be measured
-        self.folder = run_folder.claim(config)
+            self._patch()
+        self.folder = processes.by_first(lambda: run_folder.claim(config))
         columns = ["input_ids", "labels"]
         self.trainer = trainer_.build(
             config,
@@ -87,6 +87,7 @@ class FineTune:
         )
         self.metrics |= {
             "card": card(device),
+            "processes": processes.count(),
             "versions": versions(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "data": {"train": data.describe(self.train_set), "validation": data.describe(self.validation_set)},
@@ -104,14 +105,14 @@ class FineTune:
         self.trainer.tokens_seen.zero_()
         timer = StepTimer()
         self.trainer.add_callback(timer)
-        if self.config.progress:
+        if self.config.progress and processes.is_first():
             before = self.metrics["before"]["validation_loss"]
             self.trainer.add_callback(LivePlot(before) if in_notebook() else Bar())
         start = time.perf_counter()
         with self._out_of_memory():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = self.trainer.state
-        tokens = int(self.trainer.tokens_seen)
+        tokens = int(processes.total(self.trainer.tokens_seen))
         training, validation = curves(state.log_history)
         self.metrics |= {
             "steps": state.global_step,
@@ -122,6 +123,7 @@ class FineTune:
             "tokens": tokens,
             "tokens_per_second": timer.rate(tokens),
             "peak_memory_gib": round(peak_gib(self.device), 3),
+            "plans_switched": self.trainer.retry.switched,
             "losses": training,
             "validation_losses": validation,
         }
@@ -132,10 +134,13 @@ class FineTune:
     def save(self) -> Path:
         """Write the adapter (safetensors, adapter_config.json, tokenizer) and metrics.json; returns its folder."""
         target = self.folder / "adapter"
-        with run_folder.staged(target) as staging:
-            self.model.save_pretrained(staging, safe_serialization=True)
-            self.tokenizer.save_pretrained(staging)
-        run_folder.write_json(self.folder / "metrics.json", self.metrics)
+        weights = sharding.adapters(self.model) if self.trainer.sharded else None  # from all processes
+        if processes.is_first():
+            with run_folder.staged(target) as staging:
+                self.model.save_pretrained(staging, state_dict=weights, safe_serialization=True)
+                self.tokenizer.save_pretrained(staging)
+            run_folder.write_json(self.folder / "metrics.json", self.metrics)
+        processes.wait()
         return target
 
     def evaluate(self, validation_loss: float | None = None) -> dict:
@@ -163,6 +168,43 @@ class FineTune:
             warnings.warn("triton does not import: the model runs on torch's slower operations", stacklevel=3)
             return False
         return True
+
+    def _patch(self) -> None:
+        """Let the model learn through the kernels, its layers under the plan that the settings ask for."""
+        from fastkit.models.patch import fused_layers, patch, set_plan
+
+        config, plan = self.config, self.config.plan
+        report = patch(self.model, plan=None if plan in ("auto", "off") else plan, layers=plan != "off")
+        self.metrics["kernels"] = report.as_dict()
+        if plan == "off":
+            return
+        for name, why in report.left.items():
+            warnings.warn(f"{name} runs through transformers: {why}", stacklevel=3)
+        if not (layers := fused_layers(self.model)) or report.left:
+            return  # an estimate would be of another model
+        size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer, dtype=self.dtype)
+        if plan == "auto":
+            chosen = budget.choose(self.model, self._budget(), **size, rates=budget.rates(self.device, self.dtype))
+            set_plan(self.model, chosen.plans)
+        else:
+            chosen = estimate(self.model, [layer.plan for layer in layers], **size)
+        if processes.is_first():
+            print(chosen)
+        self.metrics["memory"] = chosen.as_dict()
+
+    def _budget(self) -> int:
+        """Bytes that the run may take; what --budget says is the process's limit from here on."""
+        on_gpu, wanted = self.device.type == "cuda", self.config.budget
+        if not on_gpu:
+            return parse_bytes(wanted or "1000GiB")
+        free, total = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device)
+        if wanted is None:
+            return free
+        if (limit := parse_bytes(wanted)) > free:
+            raise FastkitError(f"--budget {wanted} is more than the {free / 2**30:.1f} GiB that are free on the GPU")
+        torch.cuda.set_per_process_memory_fraction(limit / total, self.device)
+        return limit
 
     def _parameters(self) -> dict:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

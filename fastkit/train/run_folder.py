@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastkit.errors import FastkitError
+from fastkit.train import processes
 from fastkit.train.config import FinetuneConfig
 
 RUN_FILE = "run.json"
@@ -26,14 +27,24 @@ def check(config: FinetuneConfig) -> None:
         if not config.resume:
             raise FastkitError(f"output {folder} already holds a run: add --resume to go on with it, or name another")
         try:
-            earlier = json.loads(run_file.read_text())["config"]
-        except (json.JSONDecodeError, KeyError) as error:
+            stored = json.loads(run_file.read_text())
+            earlier, records = stored["config"], _records_a_step(stored["config"], stored.get("processes", 1))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise FastkitError(f"{run_file} is damaged ({error}): name another output folder") from error
         if changed := config.differences(earlier):
             was = ", ".join(f"{name} was {earlier.get(name)!r}" for name in changed)
             raise FastkitError(f"cannot resume {folder} with other settings: {was}; use the same, or another output")
+        if (now := _records_a_step(config.as_dict(), processes.count())) != records:
+            raise FastkitError(
+                f"cannot resume {folder} with {now} records a step, which were {records}: choose --batch_size and "
+                f"--accumulation so that their product, times {processes.count()} processes, is {records}"
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise FastkitError(f"output {folder} is not empty and holds no run: name another folder")
+
+
+def _records_a_step(config: dict, count: int) -> int:
+    return config["batch_size"] * config["accumulation"] * count
 
 
 def claim(config: FinetuneConfig) -> Path:
@@ -46,7 +57,7 @@ def claim(config: FinetuneConfig) -> Path:
         for left in folder.glob(f"{STAGING}*"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         if not run_file.is_file():
-            write_json(run_file, {"config": config.as_dict()})
+            write_json(run_file, {"config": config.as_dict(), "processes": processes.count()})
     except OSError as error:
         raise save_error(error, folder) from error
     return folder
@@ -94,6 +105,26 @@ def staged(target: Path):
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_by_all(target: Path):
+    """`staged`, for one folder into which several processes write; the first one's takes its name once all are done."""
+    if processes.count() == 1:
+        with staged(target) as staging:
+            yield staging
+        return
+    if processes.is_first():
+        with staged(target) as staging:
+            yield Path(processes.told_by_first(str(staging)))
+            processes.wait()
+        processes.wait()
+    else:
+        staging = Path(processes.told_by_first(None))
+        yield staging
+        processes.wait()
+        processes.wait()
+        shutil.rmtree(staging, ignore_errors=True)  # on another host, which has a folder of its own
 
 
 def write_json(path: Path, value) -> None:

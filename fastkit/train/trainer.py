@@ -1,5 +1,6 @@
 """transformers' Trainer with a few things changed: atomic checkpoints, a loss over tokens, batches of like length."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -7,10 +8,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from fastkit.train import processes, sharding
 from fastkit.train.callbacks import Watch
 from fastkit.train.config import FinetuneConfig
-from fastkit.train.order import LengthGrouped
-from fastkit.train.run_folder import staged
+from fastkit.train.flat import Flat, can_be_flat
+from fastkit.train.memory import Retry
+from fastkit.train.order import LengthGrouped, filled
+from fastkit.train.run_folder import staged_by_all
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -26,18 +30,30 @@ class QLoRATrainer(Trainer):
     * A checkpoint is written to a staging folder and takes its name in one rename, so a `checkpoint-N` is whole.
     * Validation loss is the mean over target tokens, not over batches: it does not depend on the batch size.
     * A batch holds records of like length (see `LengthGrouped`).
-    * `tokens_seen` counts the tokens of the sequences (padding left out) that went through forward and backward.
+    * `tokens_seen` counts the tokens of the sequences (padding left out) that went through forward and backward here.
+    * Several processes see the records that one would with batches as large as theirs together; each record once.
+    * A step that runs out of GPU memory begins again under leaner plans (see `Retry`).
+    * With `sharded` the model is in parts (see `sharding`) from the start of training; checkpoints are whole.
     """
 
     _staging: Path | None = None
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, records: int, sharded: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        self.records, self.sharded = records, sharded  # of train_dataset, fillers left out
+        if sharded:  # the model comes wrapped already: accelerate leaves out DDP
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True, device_placement=False)
+        self.retry = Retry(self.accelerator.unwrap_model(self.model))
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)  # stays on the device: no sync
-        return super().training_step(model, inputs, num_items_in_batch)
+        trained = (inputs["labels"] != -100).any(1, keepdim=True)  # no filler
+        self.tokens_seen += (inputs["attention_mask"] * trained).sum().to(self.tokens_seen.device)  # without a sync
+        one_pass = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        if processes.count() > 1:  # a step that one process alone began anew would leave the others waiting
+            return one_pass(inputs)
+        return self.retry.run(self.state.global_step, one_pass, inputs)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -67,8 +83,56 @@ class QLoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(lengths, per_step, self.args.data_seed)  # so accumulating changes no step's records
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes.count()
+        # of the whole step, so that neither accumulating nor another number of processes changes its records
+        return LengthGrouped(lengths[: self.records], per_step, self.args.data_seed, len(lengths) - self.records)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.sharded and self.optimizer is None:  # here, when a checkpoint's adapters are loaded already
+            sharding.shard(self.model)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        flat = can_be_flat(parameters) and not self.args.fp16  # which unscales one by one
+        if self.optimizer is not None or not (flat or self.sharded):
+            return super().create_optimizer(*args, **kwargs)
+        optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        settings["weight_decay"] = self.args.weight_decay
+        if self.sharded:
+            self.optimizer = optimizer(parameters, **settings)
+        else:
+            flat = Flat(parameters)
+            self.optimizer = flat.attach(optimizer([flat.parameter], **settings))
+        return self.optimizer
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        return self._save(output_dir, state_dict=sharding.adapters(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = sharding.whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if processes.count() == 1 or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        if self.sharded:
+            sharding.load_state(self.optimizer, state)
+        else:  # transformers 5.17 loads it to a "cpu:1", which torch does not know
+            self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_best_model(self):
+        if not self.sharded:
+            return super()._load_best_model()
+        sharding.load_adapters(self.model, Path(self.state.best_model_checkpoint) / "adapter_model.safetensors")
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -77,7 +141,7 @@ class QLoRATrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         folder = Path(self.args.output_dir)
         best = self.state.best_model_checkpoint
-        with staged(folder / name) as staging:
+        with staged_by_all(folder / name) as staging:
             if self.state.best_global_step:
                 best = str(folder / f"checkpoint-{self.state.best_global_step}")
             self._staging = staging
@@ -86,12 +150,15 @@ class QLoRATrainer(Trainer):
             finally:
                 self._staging = None
             self.state.best_model_checkpoint = best
+            processes.wait()
             written = staging / name
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            for path in written.iterdir():
-                path.rename(staging / path.name)
-            written.rmdir()
-        rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+            if processes.is_first():
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                for path in written.iterdir():
+                    path.rename(staging / path.name)
+                written.rmdir()
+        if processes.is_first():
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best)
 
 
 def by_length(dataset):
@@ -106,7 +173,9 @@ def _lengths(dataset) -> list[int]:
 def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype) -> QLoRATrainer:
     """The trainer of `config` over tokenized datasets."""
     device = model.device
-    per_step = config.batch_size * config.accumulation
+    together = config.batch_size * processes.count()  # records of all processes' next batches
+    per_step = together * config.accumulation
+    multiple = 1 if processes.count() == 1 else together
     steps = config.steps if config.steps > 0 else max(1, int(-(-len(train) // per_step) * config.epochs))
     eval_steps = config.eval_steps or max(1, steps // 8)
     checkpointing = config.gradient_checkpointing
@@ -147,13 +216,17 @@ def build(config: FinetuneConfig, model, train, validation, collator, dtype: tor
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
     trainer = QLoRATrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=by_length(validation),  # less padding; their order changes no loss
+        train_dataset=filled(train, multiple),
+        # less padding; their order changes no loss
+        eval_dataset=filled(by_length(validation), multiple),
         data_collator=collator,
+        records=len(train),
+        sharded=config.strategy == "fsdp2" and processes.count() > 1,
         callbacks=[Watch(config.patience)],
     )
     for default in (PrinterCallback, ProgressCallback):

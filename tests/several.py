@@ -1,0 +1,52 @@
+"""Fine-tunes, one after another in the processes that torchrun starts.
+
+    torchrun --nproc-per-node 2 tests/several.py '[{"model": ..., "output": ..., "die_at": 3}, ...]'
+
+Each entry is the settings of a run; with `die_at` the last process kills itself after that step.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+from transformers import TrainerCallback
+
+from fastkit.train.finetune import FineTune
+
+
+class Die(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stored(model) -> int:
+    """Bytes of the model's parameters in this process."""
+    local = (getattr(p, "_local_tensor", p) for p in model.parameters())
+    return sum(p.nbytes for p in local)
+
+
+def main(runs: list[dict]) -> None:
+    for settings in runs:
+        die_at = settings.pop("die_at", None)
+        run = FineTune(**settings).prepare()
+        assert run.metrics["kernels"]["layers"] == 2 and not run.metrics["kernels"]["left"]
+        whole = stored(run.model)
+        if die_at:
+            run.trainer.add_callback(Die(die_at))
+        run.train()
+        for module in run.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        if settings.get("strategy") == "fsdp2":
+            assert stored(run.model) <= 1.05 * whole / torch.distributed.get_world_size()
+        run.save()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
