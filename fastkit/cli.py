@@ -1,4 +1,4 @@
-"""The command line: `fastkit finetune`, `generate`, `doctor`, `bench`, `compile`, `prove`.
+"""The command line: `fastkit finetune`, `generate`, `export`, `warmup`, `doctor`, `bench`, `compile`, `prove`.
 
 A flag of a command is a field of its dataclass and so an argument in Python. Bad input prints one line and exits 2.
 """
@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastkit import __version__
 from fastkit.errors import FastkitError, show_plain_warnings
@@ -16,8 +17,11 @@ usage: fastkit COMMAND [flags]      (fastkit COMMAND --help lists the flags)
 
   finetune   fine-tune a model with QLoRA: smollm2 on the packaged data, or yours
   generate   ask a model, with or without an adapter
+  export     an adapter and its base as one model: 16-bit safetensors, or GGUF for llama.cpp and its kin
+  warmup     compile and tune every kernel for this card and a model's shapes, so that no training step waits for it
   doctor     this machine's card, versions and lane; what is missing, and the command that mends it
-  bench      time our kernels beside torch's and others' on this machine's GPU: fastkit bench rms_norm softmax
+  bench      time our kernels beside torch's and others' on this machine's GPU: fastkit bench rms_norm softmax;
+             a step of training beside others': fastkit bench train; whether it learns the same: fastkit bench learning
   compile    compile our kernels for GPUs that need not be here, and say which fit: fastkit compile --arch sm_75 sm_89
   prove      count what our kernels do to memory, with Nsight Compute, beside what the tracer predicts
 """
@@ -36,6 +40,41 @@ class GenerateConfig:
     temperature: float = field(default=0.0, metadata={"help": "0 for the likeliest answer, above 0 to sample"})
     seed: int = field(default=0, metadata={"help": "of the sampling"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+
+
+@dataclass
+class WarmupConfig:
+    """Settings of `fastkit warmup`."""
+
+    model: str = field(default="smollm2", metadata={"help": "as in finetune, or a named 7B or 13B shape"})
+    batch: int = field(default=4, metadata={"help": "sequences a forward pass"})
+    seq: int = field(default=2048, metadata={"help": "tokens of the longest sequence"})
+    rank: int = field(default=16, metadata={"help": "rank of the LoRA adapters"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapters' input"})
+    plan: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "what layers keep, as in finetune; all for every plan"}
+    )
+    every_length: bool = field(
+        default=True, metadata={"help": "also for shorter sequences and batches, as a fine-tune has them"}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cuda or cuda:N"})
+    dtype: str = field(default="auto", metadata={"help": "auto, bf16, fp16 or fp32, as in finetune"})
+
+
+@dataclass
+class ExportConfig:
+    """Settings of `fastkit export`."""
+
+    adapter: str = field(metadata={"help": "folder of a LoRA adapter; with --to gguf also of a merged model"})
+    output: str = field(metadata={"help": "new folder (merged) or file (gguf)"})
+    to: Literal["merged", "gguf"] = field(
+        default="merged", metadata={"help": "a transformers checkpoint, or one file for llama.cpp and its kin"}
+    )
+    type: Literal["f16", "q8_0"] = field(default="f16", metadata={"help": "of the matrices in a gguf"})
+    dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "of a merged checkpoint"})
+    model: str | None = field(default=None, metadata={"help": "the base; default: the one that the adapter names"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N; best as in training"})
+    quantize: bool = field(default=True, metadata={"help": "--no_quantize: it was trained on the dense base"})
 
 
 @dataclass
@@ -75,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "finetune": _finetune,
         "generate": _generate,
+        "export": _export,
+        "warmup": _warmup,
         "doctor": _doctor,
         "bench": _bench,
         "compile": _compile,
@@ -94,6 +135,10 @@ def main(argv: list[str] | None = None) -> int:
         return commands[argv[0]](argv[1:])
     except FastkitError as error:
         print(f"fastkit: {error}", file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)  # torchrun's last words then name it, and whose it was
         return 2
     except KeyboardInterrupt:
         kept = "; checkpoints are kept, go on with --resume" if argv[0] == "finetune" else ""
@@ -165,6 +210,35 @@ def _generate(argv: list[str]) -> int:
     return 0
 
 
+def _warmup(argv: list[str]) -> int:
+    config = _parse(WarmupConfig, "warmup", argv)
+    import torch
+
+    if config.device == "auto" and not torch.cuda.is_available():
+        raise FastkitError("there is no GPU here to compile for: kernels are compiled by the machine that runs them")
+    from fastkit.models.warmup import ALL, warm_up
+
+    settings = {name: value for name, value in vars(config).items() if name not in ("model", "plan")}
+    print(warm_up(config.model, plans=ALL if config.plan == ["all"] else config.plan, **settings))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    config = _parse(ExportConfig, "export", argv)
+    shared = dict(model=config.model, device=config.device, quantize=config.quantize)
+    if config.to == "gguf":
+        from fastkit.train.gguf_file import to_gguf
+
+        output = to_gguf(config.adapter, config.output, type=config.type, **shared)
+    else:
+        from fastkit.train.export import merge
+
+        output = merge(config.adapter, config.output, dtype=config.dtype, **shared)
+    files = [path for path in (output, *output.rglob("*")) if path.is_file()]
+    print(f"{config.to}: {output}, {sum(path.stat().st_size for path in files):,} bytes")
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     config = _parse(DoctorConfig, "doctor", argv)
     from fastkit.doctor import report, show
@@ -175,12 +249,25 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
+    if argv[:1] in (["train"], ["learning"]):
+        return _bench_model(argv)
     from fastkit.lab.bench import groups, run
 
     names, flags = _names_first(argv)
     known = [name for group, members in groups().items() for name in (group, *members)]
     config = _parse(BenchConfig, "bench", flags, f"fastkit bench [{' '.join(known)}] [--record NAME] [--json]")
     return run(names, record_as=config.record, as_json=config.json)
+
+
+def _bench_model(argv: list[str]) -> int:
+    command = " ".join(["fastkit bench", *argv])
+    if argv[0] == "train":
+        from fastkit.train import bench_train
+
+        return bench_train.run(_parse(bench_train.TrainBenchConfig, "bench train", argv[1:]), command)
+    from fastkit.train import same_learning
+
+    return same_learning.run(_parse(same_learning.SameLearningConfig, "bench learning", argv[1:]), command)
 
 
 def _compile(argv: list[str]) -> int:

@@ -1,0 +1,279 @@
+"""`fastkit bench train`: a QLoRA step of ours beside those of others, here, and where ours spends its time."""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastkit.errors import FastkitError
+from fastkit.lab.device import card, versions
+from fastkit.lab.results import record
+from fastkit.lab.sources import child_environment
+from fastkit.models.estimate import parse_bytes
+from fastkit.models.load import resolve_device, resolve_dtype
+from fastkit.models.plans import PLANS
+from fastkit.models.shapes import SHAPES
+from fastkit.train.bench_contenders import CONTENDERS, Settings, command, environment
+from fastkit.train.bench_stages import BESIDE, OTHER, breakdown, floors
+from fastkit.train.config import flag
+
+OTHERS = tuple(who for who in CONTENDERS if who != "ours")
+SAME_LOSS = {"auto": 0.01, "bf16": 0.01, "fp8": 0.03}  # how far the first loss may be from another's, as a part of it
+STAGE_HEADS = ("spent", "floor", "to win")
+
+
+@dataclass
+class TrainBenchConfig:
+    """Settings of `fastkit bench train`."""
+
+    vs: str = flag(",".join(OTHERS), f"contenders beside ours, with commas between, of {', '.join(OTHERS)}; or none")
+    shape: str = flag("mistral-7b", f"random weights of {', '.join(SHAPES)}; or the folder of a model")
+    batch: int = flag(4, "sequences a step")
+    seq: int = flag(2048, "tokens a sequence")
+    plan: list[str] = field(
+        default_factory=lambda: list(PLANS),
+        metadata={"help": "plans of ours, a contender each, such as keep or auto; none: none of ours"},
+    )
+    compute: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": "what our frozen weights' products run in: auto (the card's 16-bit type), bf16, fp8; or several"
+        },
+    )
+    rank: int = flag(16, "rank of the LoRA adapters on all seven projections")
+    steps: int = flag(8, "steps timed")
+    warmup: int = flag(3, "steps before these: kernels are compiled and memory is found")
+    budget: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "what plan auto may take of the GPU's memory, such as 8GiB, a contender each; none: what is free"
+        },
+    )
+    limit: str | None = flag(None, "what torch may take of the GPU's memory in each process, such as 7.2GiB")
+    time_limit: float = flag(900.0, "seconds that one contender may take")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = flag(0, "of the weights, the adapters and the tokens")
+    record: str | None = flag(None, "write the rows to data/results under this name")
+    json: bool = flag(False, "print rows and notes as JSON")
+
+    def check(self) -> None:
+        """Raise FastkitError, naming the value, for a setting that cannot work."""
+        for name in ("batch", "seq", "rank", "steps"):
+            if getattr(self, name) < 1:
+                raise FastkitError(f"--{name} {getattr(self, name)} must be 1 or more")
+        if self.warmup < 0:
+            raise FastkitError(f"--warmup {self.warmup} must not be negative")
+        for who in self.others():
+            if who not in OTHERS:
+                raise FastkitError(f"--vs {who!r} is no contender: there are {', '.join(OTHERS)}")
+        for plan in self.plans():
+            if plan not in PLANS and plan != "auto":
+                raise FastkitError(f"--plan {plan!r} is unknown: use auto, {', '.join(PLANS)}, or none")
+        for compute in self.compute:
+            if compute not in SAME_LOSS:
+                raise FastkitError(f"--compute {compute!r} is unknown: use {', '.join(SAME_LOSS)}")
+        if not self.others() and not self.plans():
+            raise FastkitError("--vs none --plan none leaves nothing to time")
+        for size in [*self.budget, *([self.limit] if self.limit else [])]:
+            gib(size)
+        device = resolve_device(self.device)
+        if "bf16" in self.compute and (dtype := resolve_dtype("auto", device)) != torch.bfloat16:
+            raise FastkitError(f"--compute bf16: the model here is in {str(dtype).removeprefix('torch.')}; use auto")
+        if device.type == "cpu" and self.limit:
+            raise FastkitError(f"--limit {self.limit} is for a GPU: leave it out with --device {self.device}")
+        if device.type == "cpu" and self.shape in SHAPES:
+            raise FastkitError(f"--shape {self.shape} needs a GPU: on a CPU name the folder of a small model")
+        if self.shape not in SHAPES and not Path(self.shape).is_dir():
+            raise FastkitError(f"--shape {self.shape!r} is neither a folder nor one of {', '.join(SHAPES)}")
+        if self.record and device != resolve_device():
+            raise FastkitError(f"--record names the first GPU here, not --device {self.device}: leave out one of both")
+
+    def others(self) -> list[str]:
+        return [] if self.vs == "none" else self.vs.split(",")
+
+    def plans(self) -> list[str]:
+        return [] if self.plan == ["none"] else self.plan
+
+    def settings(self) -> list[Settings]:
+        """Of each contender's process, in their order."""
+        limit_gib = gib(self.limit) if self.limit else None
+        shared = {
+            name: getattr(self, name) for name in ("shape", "batch", "seq", "rank", "steps", "warmup", "device", "seed")
+        }
+        shared["limit_gib"] = limit_gib
+        others = [Settings(who, **shared) for who in self.others()]
+        return others + [
+            Settings("ours", plan=plan, compute=compute, budget_gib=budget, **shared)
+            for compute in self.compute
+            for plan in self.plans()
+            for budget in (map(gib, self.budget) if plan == "auto" and self.budget else [None])
+        ]
+
+
+def gib(size: str) -> float:
+    """The GiB of a size as `parse_bytes` takes it, which see."""
+    return parse_bytes(size) / 2**30
+
+
+def bench(config: TrainBenchConfig) -> tuple[list[dict], list[dict], list[str]]:
+    """(a row each contender, a row each part of each stage of ours, notes).
+
+    A contender's row has who, plan, compute, what bench_contenders.measure says, and failed: None, or why there is
+    nothing else in it. Notes name a contender whose first loss is another than the first one's: it computes something
+    else. Raises FastkitError for a setting that cannot work.
+    """
+    config.check()
+    every, rows, stage_rows = config.settings(), [], []
+    device = resolve_device(config.device)
+    dtype, cuda = resolve_dtype("auto", device), device.type == "cuda"
+    with tempfile.TemporaryDirectory(prefix="fastkit-bench-") as folder:
+        scratch = Path(folder)
+        facts = checkpoint = None
+        for settings in every:
+            row = {"who": label(settings), "plan": settings.plan, "compute": settings.compute, "failed": None}
+            rows.append(row)
+            print(f"{row['who']} ...", file=sys.stderr)
+            if lacking := CONTENDERS[settings.who].lacking():
+                row["failed"] = lacking
+                continue
+            if settings.who.startswith("unsloth") and settings.random:
+                if checkpoint is None:
+                    checkpoint = _start(_as(settings, "checkpoint", scratch / "model"), scratch, config)
+                settings = _as(settings, settings.who, scratch / "model")
+                if "failed" in checkpoint:
+                    row["failed"] = f"no checkpoint to load: {checkpoint['failed']}"
+                    continue
+            found = _start(settings, scratch, config)
+            row |= found.get("row", found)
+            if isinstance(found.get("stages"), list):
+                if cuda and facts is None:
+                    facts = _start(_as(settings, "card", None), scratch, config)
+                known = facts if facts and "failed" not in facts else None
+                median_ms = row["median_ms"] if cuda else None
+                parts = breakdown(found["stages"], floors(settings, dtype, known), median_ms)
+                stage_rows += [{"who": row["who"], **part} for part in parts]
+            elif found.get("stages"):
+                row["stages"] = found["stages"]
+    return rows, stage_rows, _notes(rows, facts)
+
+
+def label(settings: Settings) -> str:
+    """A contender's name in tables."""
+    if settings.who != "ours":
+        return settings.who
+    budget = f" {settings.budget_gib:g} GiB" if settings.budget_gib else ""
+    return f"ours, {settings.plan}{budget}" + (f", {settings.compute}" if settings.compute == "fp8" else "")
+
+
+def _as(settings: Settings, who: str, checkpoint: Path | None) -> Settings:
+    return Settings(**{**vars(settings), "who": who, "checkpoint": str(checkpoint) if checkpoint else None})
+
+
+def _start(settings: Settings, scratch: Path, config: TrainBenchConfig) -> dict:
+    """What the process of `settings` answered; {"failed": why} where it died or took too long."""
+    given, answer, said = (scratch / name for name in ("settings.json", "answer.json", "said.txt"))
+    answer.unlink(missing_ok=True)
+    with said.open("wb") as output:
+        try:
+            code = subprocess.run(
+                command(settings, given, answer),
+                env=child_environment(**environment(scratch)),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=config.time_limit,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after --time_limit {config.time_limit:g} s"}
+    if answer.is_file():
+        return json.loads(answer.read_text())
+    last = next((line for line in reversed(said.read_text(errors="replace").splitlines()) if line.strip()), "")
+    return {"failed": f"its process ended with exit code {code}: {last.strip()[:200] or 'it said nothing'}"}
+
+
+def _notes(rows: list[dict], facts: dict | None) -> list[str]:
+    notes = [f"{row['who']}: no stages: {row['stages']}" for row in rows if row.get("stages")]
+    if facts and "failed" in facts:
+        notes.append(f"no floor: {facts['failed']}")
+    elif facts:
+        rates = ", ".join(f"{rate:,.0f} TFLOP/s in {dtype}" for dtype, rate in facts["tflops"].items())
+        notes.append(f"floor: {rates}, {facts['gbps']:,.0f} GB/s, attention by {facts['attention_by']}")
+    ran = [row for row in rows if row["failed"] is None]
+    for row in ran:
+        expected, found = ran[0]["first_loss"], row["first_loss"]
+        if not abs(found - expected) <= SAME_LOSS[row["compute"]] * expected:
+            notes.append(
+                f"{row['who']} is WRONG: its first loss is {found:.4f}, that of {ran[0]['who']} {expected:.4f}"
+            )
+        elif not math.isfinite(row["last_loss"]):
+            notes.append(f"{row['who']} is WRONG: its last loss is {row['last_loss']}")
+    return notes
+
+
+def table(rows: list[dict], stage_rows: list[dict]) -> str:
+    """The rows as text: contenders, then the stages of each of ours beside their floor."""
+    wide = max(len(row["who"]) for row in rows)
+    first = next((row for row in rows if row["failed"] is None), None)
+    times = f"x {first['who']}" if first else ""
+    heads = ("ms", "fastest", "slowest", "tokens/s", times, "allocated", "estimated", "reserved", "first loss")
+    lines = [" " * (wide + 2) + "".join(map(_cell, heads))]
+    for row in rows:
+        if row["failed"] is not None:
+            lines.append(f"  {row['who']:{wide}}  {row['failed']}")
+            continue
+        rate = row["tokens_per_second"]
+        cells = [_cell(row[key], 1) for key in ("median_ms", "fastest_ms", "slowest_ms")]
+        cells += [_cell(rate, 0), _cell(rate / first["tokens_per_second"])]
+        cells += [_cell(row.get(f"{key}_gib", "")) for key in ("peak_allocated", "estimated", "peak_reserved")]
+        lines.append(f"  {row['who']:{wide}}" + "".join(cells) + _cell(row["first_loss"], 4))
+    for who in dict.fromkeys(row["who"] for row in stage_rows):
+        own = [row for row in stage_rows if row["who"] == who]
+        lines += ["", f"{who}: where a step's time goes, in ms", f"  {'':24}" + "".join(map(_cell, STAGE_HEADS))]
+        counted = [row for row in own if row["stage"] != BESIDE]
+        known = all(row["floor_ms"] is not None for row in own)
+        in_all = {"stage": "in all", "part": OTHER, "ms": sum(row["ms"] for row in counted)}
+        in_all["floor_ms"] = sum(row["floor_ms"] for row in counted) if known else None
+        for row in [*counted, in_all, *own[len(counted) :]]:
+            name, floor = f"{row['stage']} {row['part'] if row['part'] != OTHER else ''}", row["floor_ms"]
+            left = None if floor is None else row["ms"] - floor
+            lines.append(f"  {name:24}{_cell(row['ms'])}{_cell(floor)}{_cell(left)}")
+    return "\n".join(lines)
+
+
+def _cell(value: float | str | None, digits: int = 2) -> str:
+    if isinstance(value, str):
+        return f"{value:>11}"
+    return f"{'unknown' if value is None else f'{value:,.{digits}f}':>11}"
+
+
+def run(config: TrainBenchConfig, command: str) -> int:
+    """The command: prints a table or JSON, records if asked to.
+
+    Exit code 1 if a result is wrong, or one of ours failed otherwise than for want of memory.
+    """
+    rows, stage_rows, notes = bench(config)
+    device = resolve_device(config.device)
+    if config.json:
+        found = {"card": card(device), "versions": versions(), "rows": rows, "stages": stage_rows, "notes": notes}
+        print(json.dumps(found))
+    else:
+        print(
+            f"{card(device)['name']}, {config.shape}, {config.batch} x {config.seq} tokens, rank {config.rank}: median "
+            f"of {config.steps} steps by the wall clock, the device waited for; memory in GiB\n"
+        )
+        print(table(rows, stage_rows))
+        print("".join(f"\n{note}" for note in notes))
+    if config.record:
+        every = [{"what": "step", **row} for row in rows] + [{"what": "stage", **row} for row in stage_rows]
+        every += [{"what": "note", "text": note} for note in notes]
+        path = record(config.record, every, command)
+        if not config.json:
+            print(f"\nrecorded in {path}")
+    broken = [row for row in rows if row["plan"] and row["failed"] and not row["failed"].startswith("out of memory")]
+    return int(bool(broken) or any("WRONG" in note for note in notes))

@@ -1,0 +1,308 @@
+"""Whether our layers learn what transformers' do: the same fine-tune of both, loss beside loss.
+
+    fastkit bench learning --steps 30 --dtype fp32 --plan keep recompute-all
+
+The yardstick is transformers + peft + bitsandbytes; ours is the same model after `patch`, once for each plan. All start
+from the same weights and adapters and see the same records in the same order, batched alike; the same optimizer moves
+the adapters, their gradients clipped to the same norm, at a constant learning rate.
+
+A step's loss is the mean over all its target tokens, into however many passes its records are split and whether they
+are padded or packed: so runs of other --accumulation or --packed have the same losses too, but for rounding.
+
+Validation is by transformers' own layers, in all: it compares what was learned.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastkit.errors import FastkitError
+from fastkit.lab.device import card
+from fastkit.lab.results import record
+from fastkit.models import add_lora, load
+from fastkit.models.bnb import bnb
+from fastkit.models.load import resolve_device, resolve_dtype
+from fastkit.models.patch import patch
+from fastkit.models.plans import PLANS, plan_of
+from fastkit.train import data
+from fastkit.train.config import flag
+from fastkit.train.order import LengthGrouped
+
+FIRST = 30  # steps in which fp32 stays together; later, rounding has grown by way of the optimizer
+EVERY = 10  # lines of losses printed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ours may differ by. None: not judged.
+
+    each        of the losses of the first FIRST steps, the largest difference
+    mean        of all steps' differences, each as a part of transformers' loss
+    validation  of the validation losses, as a part of transformers'
+    """
+
+    each: float | None = None
+    mean: float | None = None
+    validation: float | None = None
+
+
+LIMITS = {"fp32": Limits(each=1e-4), "bf16": Limits(mean=0.006, validation=0.003), "fp8": Limits(validation=0.015)}
+
+
+@dataclass
+class SameLearningConfig:
+    """Settings of `fastkit bench learning`."""
+
+    plan: list[str] = field(
+        default_factory=lambda: ["keep"], metadata={"help": "recompute plans of ours, a run each; all: every one"}
+    )
+    model: str = flag("smollm2", "smollm2, a local folder or a hub id")
+    data: str = flag("gpu-instructions", "as in finetune")
+    steps: int = flag(300, "optimizer steps")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on a GPU, fp32 on the CPU")
+    compute: Literal["auto", "fp8"] = flag("auto", "fp8: our frozen weights' products in FP8")
+    rank: int = flag(16, "rank of the LoRA adapters; alpha is the same")
+    learning_rate: float = flag(2e-4, "constant")
+    optimizer: Literal["adamw8bit", "adamw"] = flag("adamw8bit", "bitsandbytes' AdamW with 8-bit state, or torch's")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this")
+    batch_size: int = flag(4, "records a step")
+    accumulation: int = flag(1, "passes that a step's records are split into")
+    packed: bool = flag(False, "a pass's records in one row, one behind the other, instead of padded")
+    max_length: int = flag(512, "longest record in tokens; longer ones are cut")
+    validation_records: int = flag(64, "records of the validation data to judge by")
+    repeat_stock: bool = flag(False, "run transformers a second time: what differs from run to run anyway")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = flag(0, "of the adapters and the order of the records")
+    record: str | None = flag(None, "write the losses to data/results under this name")
+    json: bool = flag(False, "print the result as JSON")
+
+    def check(self) -> None:
+        """Raise FastkitError, naming the value, for a setting that cannot work."""
+        for name in ("steps", "rank", "batch_size", "accumulation", "validation_records"):
+            if getattr(self, name) < 1:
+                raise FastkitError(f"--{name} {getattr(self, name)} must be 1 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise FastkitError(f"--{name} {getattr(self, name)} must be above 0")
+        if self.batch_size % self.accumulation:
+            raise FastkitError(
+                f"--batch_size {self.batch_size} records do not split into --accumulation {self.accumulation} passes: "
+                "take a multiple"
+            )
+        self.plan = list(PLANS) if self.plan == ["all"] else [plan_of(plan).name for plan in self.plan]
+
+
+class Learned(NamedTuple):
+    """One run: the loss of each step, and the validation loss after them."""
+
+    losses: list[float]
+    validation: float
+
+
+class Steps:
+    """The batches of a run, the same for every contender: for each step its passes, each with the step's targets."""
+
+    def __init__(self, config: SameLearningConfig, tokenizer, context: int | None):
+        train, validation = data.load_splits(config.data, seed=config.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*longer than max_length.*")  # the help says that they are cut
+            self.train, self.validation = (
+                data.tokenize_records(records, tokenizer, config.max_length, context=context)
+                for records in (train, validation.select(range(min(config.validation_records, len(validation)))))
+            )
+        if len(self.train) < config.batch_size:
+            raise FastkitError(f"{len(self.train)} records do not make a step of --batch_size {config.batch_size}")
+        self.config = config
+        self.collate = pack if config.packed else data.Collator(tokenizer.pad_token_id)
+        self.pad = data.Collator(tokenizer.pad_token_id)
+
+    def __iter__(self) -> Iterator[tuple[list[dict], torch.Tensor]]:
+        """(passes, target tokens of all of them) for each step, in the trainer's order of records."""
+        config, per_pass = self.config, self.config.batch_size // self.config.accumulation
+        order = LengthGrouped([len(ids) for ids in self.train["input_ids"]], config.batch_size, config.seed)
+        indices: list[int] = []
+        for _ in range(config.steps):
+            if len(indices) < config.batch_size:  # the last few of an epoch make no step
+                indices = list(order)
+                order.set_epoch(order.epoch + 1)
+            step, indices = indices[: config.batch_size], indices[config.batch_size :]
+            passes = [
+                self.collate([self.train[i] for i in step[n : n + per_pass]]) for n in range(0, len(step), per_pass)
+            ]
+            yield passes, torch.tensor(sum(int((batch["shift_labels"] != data.IGNORE).sum()) for batch in passes))
+
+    def validations(self) -> Iterator[dict]:
+        """Padded batches of the validation records."""
+        for start in range(0, len(self.validation), self.config.batch_size):
+            stop = min(start + self.config.batch_size, len(self.validation))
+            yield self.pad([self.validation[i] for i in range(start, stop)])
+
+
+def pack(records: list[dict]) -> dict[str, torch.Tensor]:
+    """Tokenized records in one row, each at positions from 0 on, of which none predicts the next one's first token.
+
+    The keys are those of `data.Collator`, with `position_ids` for `attention_mask`.
+    """
+    ids = torch.cat([torch.as_tensor(r["input_ids"], dtype=torch.long) for r in records])[None]
+    positions = torch.cat([torch.arange(len(r["input_ids"])) for r in records])[None]
+    labels = torch.cat([torch.as_tensor(r["labels"], dtype=torch.long) for r in records])[None]
+    labels = labels.masked_fill(positions == 0, data.IGNORE)
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=data.IGNORE)
+    columns = (following[0] != data.IGNORE).nonzero().squeeze(1)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "logits_to_keep": columns,
+        "shift_labels": following[:, columns],
+    }
+
+
+def learn(config: SameLearningConfig, plan: str | None, batches: Steps | None = None) -> tuple[Learned, Steps]:
+    """Fine-tune a fresh model: ours under `plan`, or transformers' for None. Returns the batches too, to pass on.
+
+    Raises FastkitError if a layer is not fused, in part or for one batch: that would compare transformers with itself.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    model, tokenizer = load(config.model, device=config.device, dtype=config.dtype)
+    batches = batches or Steps(config, tokenizer, getattr(model.config, "max_position_embeddings", None))
+    model = add_lora(model, rank=config.rank, seed=config.seed).train()
+    if plan is not None:
+        report = patch(model, plan, **({} if config.compute == "auto" else {"compute": config.compute}))
+        if report.left or not report.layers:
+            raise FastkitError(f"not all of {config.model} is fused: {report}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = bnb.optim.AdamW8bit if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    optimizer = adamw(trained, lr=config.learning_rate, weight_decay=0.0)
+    autocast = torch.autocast(device.type, dtype, enabled=device.type == "cuda" and dtype != torch.float32)
+    losses = []
+    for passes, targets in batches:
+        step = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in passes:
+            with autocast, warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*not fused.*")
+                loss = model(**_on(batch, device), use_cache=False, num_items_in_batch=targets.to(device)).loss
+            loss.backward()
+            step += loss.detach().double()
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(step.item())
+    return Learned(losses, _validate(model.eval(), batches, device, autocast)), batches
+
+
+@torch.no_grad()
+def _validate(model, batches: Steps, device: torch.device, autocast) -> float:
+    total, targets, one = 0.0, 0, torch.ones((), device=device)
+    for batch in batches.validations():
+        with autocast:
+            total += model(**_on(batch, device), use_cache=False, num_items_in_batch=one).loss.item()  # a sum
+        targets += int((batch["shift_labels"] != data.IGNORE).sum())
+    return total / targets
+
+
+def _on(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def differences(stock: Learned, ours: Learned) -> dict[str, float]:
+    """How far `ours` is from `stock`.
+
+    Of the losses: max_drift over all steps, max_drift_first over the first FIRST, mean_drift, in nats;
+    mean_relative_drift as a part of stock's. Of the validation losses: validation_drift, a part too, negative if ours
+    is lower.
+    """
+    theirs = torch.tensor(stock.losses, dtype=torch.float64)
+    drifts = (torch.tensor(ours.losses, dtype=torch.float64) - theirs).abs()  # one nan makes each of these nan
+    return {
+        "max_drift": drifts.max().item(),
+        "max_drift_first": drifts[:FIRST].max().item(),
+        "mean_drift": drifts.mean().item(),
+        "mean_relative_drift": (drifts / theirs).mean().item(),
+        "validation_drift": ours.validation / stock.validation - 1,
+    }
+
+
+def judge(found: dict[str, float], limits: Limits) -> list[str]:
+    """What of `differences` is beyond `limits`; a number that is none is beyond all."""
+    checks = (
+        ("a loss of the first steps", found["max_drift_first"], limits.each),
+        ("the mean of the losses, relative,", found["mean_relative_drift"], limits.mean),
+        ("the validation loss, relative,", abs(found["validation_drift"]), limits.validation),
+    )
+    return [
+        f"{what} differs by {value:.3g}, allowed is {limit:g}"
+        for what, value, limit in checks
+        if limit is not None and not value <= limit
+    ]
+
+
+def compare(config: SameLearningConfig) -> dict:
+    """{"limits": the name in LIMITS, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}."""
+    config.check()
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    if dtype == torch.float16:
+        raise FastkitError("this card computes in fp16, which needs loss scaling: take --dtype fp32")
+    kind = "fp8" if config.compute == "fp8" else {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    stock, batches = learn(config, None)
+    runs = {"transformers": stock}
+    if config.repeat_stock:
+        runs["transformers again"], _ = learn(config, None, batches)
+    for plan in config.plan:
+        runs[f"ours, {plan}"], _ = learn(config, plan, batches)
+    rows = []
+    for who, run in runs.items():
+        row = {"who": who, "validation_loss": run.validation, "first_loss": run.losses[0], "last_loss": run.losses[-1]}
+        if run is not stock:
+            row |= differences(stock, run)
+        if who.startswith("ours"):
+            row["beyond"] = "; ".join(judge(differences(stock, run), LIMITS[kind])) or None
+        rows.append(row)
+    return {"limits": kind, "runs": runs, "rows": rows}
+
+
+def table(found: dict) -> str:
+    """What `compare` gave, as text."""
+    runs = found["runs"]
+    steps = len(runs["transformers"].losses)
+    shown = sorted({*range(0, steps, max(1, steps // EVERY)), steps - 1})
+    lines = ["step".rjust(6) + "".join(f"{who:>26}" for who in runs)]
+    lines += [f"{n + 1:6}" + "".join(f"{run.losses[n]:26.6f}" for run in runs.values()) for n in shown]
+    lines += ["", f"beside transformers' {steps} steps (validation loss {runs['transformers'].validation:.6f}):"]
+    for row in found["rows"][1:]:
+        lines.append(
+            f"  {row['who']}: drift at most {row['max_drift']:.2e} (first {FIRST} steps {row['max_drift_first']:.2e}), "
+            f"mean {row['mean_drift']:.2e} ({row['mean_relative_drift']:.4%}); "
+            f"validation {row['validation_loss']:.6f} ({row['validation_drift']:+.4%})"
+        )
+        if "beyond" in row:
+            lines.append(f"    {'NOT the same: ' + row['beyond'] if row['beyond'] else 'the same, within limits'}")
+    return "\n".join(lines)
+
+
+def run(config: SameLearningConfig, command: str) -> int:
+    """The command: prints a table or JSON, records if asked to; exit code 1 if ours is beyond the limits."""
+    if config.record and resolve_device(config.device) != resolve_device():
+        raise FastkitError(
+            f"--record names the GPU of this machine, not --device {config.device}: leave out one of both"
+        )
+    found = compare(config)
+    runs = found["runs"]
+    if config.json:
+        losses = {who: run.losses for who, run in runs.items()}
+        print(json.dumps({"config": asdict(config), "card": card(), "rows": found["rows"], "losses": losses}))
+    else:
+        print(f"{card(resolve_device(config.device))['name']}, {found['limits']}, {config.model}\n{table(found)}")
+    if config.record:
+        each_step = enumerate(zip(*(run.losses for run in runs.values()), strict=True), 1)
+        rows = [{"what": "run", **row} for row in found["rows"]]
+        rows += [{"what": "loss", "step": n, **dict(zip(runs, losses, strict=True))} for n, losses in each_step]
+        path = record(config.record, rows, command)
+        if not config.json:
+            print(f"\nrecorded in {path}")
+    return int(any(row.get("beyond") for row in found["rows"]))
