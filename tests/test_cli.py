@@ -228,7 +228,7 @@ def test_unknown_flags_and_commands(capsys):
     assert left.value.code == 2
     assert "--lerning-rate" in capsys.readouterr().err
     assert main(["train"]) == 2
-    assert "finetune, generate, doctor" in capsys.readouterr().err
+    assert "finetune, generate, export, warmup, doctor" in capsys.readouterr().err
     assert main([]) == main(["--help"]) == main(["--version"]) == 0
 
 
