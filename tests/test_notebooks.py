@@ -28,7 +28,7 @@ def text(notebook: Path) -> str:
     return "\n\n".join(cell.source for cell in cells(notebook, "markdown"))
 
 
-@pytest.mark.slow
+@pytest.mark.course
 @each_notebook
 def test_a_notebook_runs(notebook, tmp_path):
     parameters = small_parameters(notebook, tmp_path)
