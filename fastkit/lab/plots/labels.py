@@ -1,6 +1,7 @@
-"""Labels beside points, moved until none covers another, a point or a line."""
+"""Labels beside points, moved until none covers another, a point or a line, and no two lines to them cross."""
 
 import numpy as np
+from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -22,9 +23,11 @@ def place(figure, axes, labels: list[tuple[str, float, float]]) -> None:
     frame = axes.get_window_extent(renderer)
     marks = [Bbox.from_bounds(x - POINT * points, y - POINT * points, 2 * POINT * points, 2 * POINT * points)
              for x, y in axes.transData.transform([(x, y) for _, x, y in labels] or np.empty((0, 2)))]  # fmt: skip
-    taken = [*marks, *(text.get_window_extent(renderer).padded(points) for text in axes.texts)]
+    written = [text.get_window_extent(renderer).padded(points) for text in axes.texts]
     lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines if len(line.get_xdata()) > 1]
+    leaders: list[Path] = []  # thin lines of labels that lie far off
     for text, x, y in sorted(labels, key=lambda label: -label[2]):
+        point = axes.transData.transform((x, y))
         note = axes.annotate(
             text, (x, y), (GAP, 0), textcoords="offset points", fontsize=9, ha="left", va="center", gid="label",
             bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85),
@@ -37,19 +40,24 @@ def place(figure, axes, labels: list[tuple[str, float, float]]) -> None:
             note.update_positions(renderer)
             extent = Text.get_window_extent(note, renderer).padded(points)
             inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1
-            overlaps = sum(extent.overlaps(other) for other in taken)
-            crossed = sum(path.intersects_bbox(extent, filled=False) for path in lines)
+            overlaps = sum(extent.overlaps(other) for other in (*marks, *written))
+            crossed = sum(path.intersects_bbox(extent, filled=False) for path in (*lines, *leaders))
+            leader = Path([point, np.clip(point, extent.min, extent.max)])
+            crossed += sum(leader.intersects_path(other, filled=False) for other in leaders)
+            crossed += sum(leader.intersects_bbox(other, filled=False) for other in written)
             score = (not inside) * 8 + overlaps * 4 + crossed
             if best is None or score < best[0]:
-                best = score, dx, dy, extent
+                best = score, dx, dy, extent, leader
             if score == 0:
                 break
-        _, dx, dy, extent = best
+        _, dx, dy, extent, leader = best
         note.set_position((dx, dy))
         note.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
         if np.hypot(dx, dy) <= 2 * GAP:
             note.arrow_patch.set_visible(False)
-        taken.append(extent)
+        else:
+            leaders.append(leader)
+        written.append(extent)
 
 
 def _offsets():
