@@ -111,6 +111,7 @@ def set_plan(model: nn.Module, plan: Plans) -> None:
     layers = fused_layers(model)
     for layer, its_plan in zip(layers, _plans(plan, len(layers)), strict=True):
         layer.plan = its_plan
+        layer.shared.keeper.clear()  # host memory of sizes that the old plan kept
 
 
 def fused_layers(model: nn.Module) -> list[FusedLayer]:
