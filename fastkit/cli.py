@@ -46,7 +46,7 @@ class GenerateConfig:
 class WarmupConfig:
     """Settings of `fastkit warmup`."""
 
-    model: str = field(default="smollm2", metadata={"help": "as in finetune, or a named 7B or 13B shape"})
+    model: str = field(default="smollm2", metadata={"help": "as in finetune, or a named shape such as mistral-7b"})
     batch: int = field(default=4, metadata={"help": "sequences a forward pass"})
     seq: int = field(default=2048, metadata={"help": "tokens of the longest sequence"})
     rank: int = field(default=16, metadata={"help": "rank of the LoRA adapters"})

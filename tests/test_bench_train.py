@@ -59,12 +59,29 @@ def test_a_run(model, capsys, monkeypatch, tmp_path):
     assert rows["ours, keep"]["layers"] == "2 layers keep" and rows["ours, keep"]["estimated_gib"] > 0
 
 
-def test_stages_are_of_the_real_step(model, references):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_several_processes(model, strategy):
+    """The first process has one's own batches; the gradients, and so the losses after a step, are of all."""
+    config = TrainBenchConfig(
+        vs="none", shape=model, plan=["keep"], processes=[1, 2], strategy=strategy, **STEP | {"warmup": 0}
+    )
+    (one, two), stages, notes = bench(config)
+    assert one["failed"] is None and two["failed"] is None, two["failed"]
+    assert two["who"] == f"ours, keep, 2 x {strategy}" and not notes
+    assert two["tokens_per_second"] == pytest.approx(2 * 2 * 16 / two["median_ms"] * 1e3)
+    assert two["first_loss"] == pytest.approx(one["first_loss"], abs=1e-5)
+    assert two["last_loss"] != one["last_loss"]
+    assert {row["who"] for row in stages} == {"ours, keep"} and "link" not in two
+
+
+@pytest.mark.parametrize("compute", ["auto", "fp8"])
+def test_stages_are_of_the_real_step(model, references, compute):
     """In this process, on the CPU: every part is there, and they are all of the profiled steps' time."""
-    found = carry_out(settings(model, plan="recompute-all"))
+    found = carry_out(settings(model, plan="recompute-all", compute=compute))
     assert "failed" not in found, found
     places = {(row["stage"], row["part"]) for row in found["stages"]}
     layer = {(stage, part) for stage in ("forward", "backward") for part in bench_stages.PARTS}
+    layer -= {place for place in layer if compute == "auto" and place[1] == "quantizing"}
     assert places >= (layer - {("forward", "adapters")}) | {("loss", "other"), ("optimizer", "other")}
     assert ("forward", "adapters") not in places
     assert all(row["ms"] > 0 for row in found["stages"])

@@ -104,6 +104,17 @@ class Monitor:
         )
 
 
+def link(a: int, b: int) -> str:
+    """What lies between two of torch's GPUs: "NVLink", "PCIe", or "unknown"."""
+    try:
+        nvml, handle = _open(a)
+        other = _open(b)[1]
+        status = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except Exception:  # NVML's errors are made at run time
+        return "unknown"
+    return {None: "unknown", nvml.NVML_P2P_STATUS_OK: "NVLink"}.get(status, "PCIe")
+
+
 def _open(device: int | None):
     """(NVML, the handle of torch's `device`, which CUDA_VISIBLE_DEVICES may have numbered otherwise than NVML)"""
     if not torch.cuda.is_available() or torch.version.hip:

@@ -27,7 +27,7 @@ def load(
     Args:
         model: `"smollm2"` (SmolLM2-135M-Instruct, downloaded once and cached), a local folder, a hub id
             (the only case that asks a hub), or with `random_weights` one of "mistral-7b", "llama2-7b",
-            "llama2-13b", "qwen2.5-7b".
+            "llama2-13b", "llama2-70b", "qwen2.5-7b".
         random_weights: draw the weights of that exact shape, quantized layer by layer; no network, no quality.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
         dtype: of activations and of the weights that stay unquantized (embeddings, norms, head): "auto" (bf16 where

@@ -1,4 +1,4 @@
-"""The architectures that fastkit takes, and the exact shapes of well-known 7B and 13B models for random weights."""
+"""The architectures that fastkit takes, and the exact shapes of well-known models of 7B to 70B for random weights."""
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type; Qwen2.5 is qwen2
 
@@ -39,6 +39,19 @@ SHAPES = {
         num_hidden_layers=40,
         num_attention_heads=40,
         num_key_value_heads=40,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    ),
+    "llama2-70b": dict(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,

@@ -93,7 +93,7 @@ def warm_up(
     """Run the training step of `model` at the shapes that a fine-tune meets, so that its kernels are compiled.
 
     Args:
-        model: as `load` takes it, or a named 7B or 13B shape; only its config is read.
+        model: as `load` takes it, or a named shape; only its config is read.
         batch, seq: records of a forward pass, and tokens of the longest.
         rank, dropout: of the adapters.
         plans: names of `plans.PLANS`, and "off" for layers that are not fused.

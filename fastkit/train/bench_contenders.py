@@ -20,10 +20,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from fastkit.errors import FastkitError
 from fastkit.models import add_lora, load
@@ -31,6 +33,7 @@ from fastkit.models.bnb import bnb
 from fastkit.models.load import first_line, resolve_device, resolve_dtype
 from fastkit.models.lora import PROJECTIONS
 from fastkit.models.shapes import SHAPES
+from fastkit.train import processes, sharding
 from fastkit.train.flat import Flat
 
 LEARNING_RATE = 2e-4
@@ -48,6 +51,8 @@ class Settings:
     limit_gib   what torch may take of the GPU's memory, None: all
     budget_gib  ours: what plan "auto" may take of the GPU's memory, None: what is free
     checkpoint  a folder with the weights, for contenders that load them by themselves
+    processes   ours: each on a GPU of its own with `batch` sequences a step, started by torchrun
+    strategy    of several processes: "ddp", or "fsdp2" with AdamW in fp32
     """
 
     who: str
@@ -64,6 +69,8 @@ class Settings:
     budget_gib: float | None = None
     limit_gib: float | None = None
     checkpoint: str | None = None
+    processes: int = 1
+    strategy: str = "ddp"
 
     @property
     def random(self) -> bool:
@@ -180,23 +187,34 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings, self.device = settings, resolve_device(settings.device)
+        processes.join(self.device)
         self.dtype = resolve_dtype("auto", self.device)
         model, self.told = CONTENDERS[settings.who].make(settings, self.dtype)
+        self.vocabulary = model.config.vocab_size
         self.model = model.train()
+        if self._is_sharded():
+            sharding.shard(self.model)
+            self.told["estimated_gib"] = None  # which is of a whole model
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
+        if settings.processes > 1 and not self._is_sharded():
+            self.model = DistributedDataParallel(self.model)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
-        self.vocabulary = self.model.config.vocab_size
+
+    def _is_sharded(self) -> bool:
+        return self.settings.processes > 1 and self.settings.strategy == "fsdp2"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.settings.who != "ours":
             return bnb.optim.AdamW8bit(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
+        if self._is_sharded():
+            return torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         flat = Flat(self.trained)  # as in our trainer
         return flat.attach(bnb.optim.AdamW8bit([flat.parameter], lr=LEARNING_RATE, weight_decay=0.0))
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """Token ids [batch, seq], without end, the same for every contender."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
+        """Token ids [batch, seq], without end, the same for every contender; other ones in each process."""
+        generator = torch.Generator().manual_seed(self.settings.seed + processes.number())
         size = self.settings.batch, self.settings.seq
         while True:
             yield torch.randint(self.vocabulary, size, generator=generator).to(self.device)
@@ -220,6 +238,22 @@ class Run:
         self.update()
         self.synchronize()
         return time.perf_counter() - start, loss.item()
+
+    def link(self) -> dict:
+        """What joins several GPUs, and how fast they add up 256 MiB: GB/s that each sends (NCCL's bus bandwidth)."""
+        if self.settings.processes == 1 or self.device.type != "cuda":
+            return {}
+        from fastkit.lab.monitor import link
+
+        x = torch.ones(2**26, device=self.device)
+        dist.all_reduce(x)
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            dist.all_reduce(x)
+        self.synchronize()
+        seconds, n = (time.perf_counter() - start) / 20, self.settings.processes
+        return {"link": link(0, 1), "all_reduce_gbps": 2 * (n - 1) / n * x.nbytes / seconds / 1e9}
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -247,11 +281,12 @@ def measure(settings: Settings) -> dict:
     with Monitor(interval_s=0.25) as monitor:
         timed = [run.step(next(batches)) for _ in range(settings.steps)]
     seconds, losses = [spent for spent, _ in timed], [loss for _, loss in first + timed]
+    tokens = settings.batch * settings.seq * settings.processes
     row = {
         "median_ms": 1e3 * statistics.median(seconds),
         "fastest_ms": 1e3 * min(seconds),
         "slowest_ms": 1e3 * max(seconds),
-        "tokens_per_second": settings.batch * settings.seq / statistics.median(seconds),
+        "tokens_per_second": tokens / statistics.median(seconds),
         "loaded_gib": loaded_gib if cuda else None,
         "peak_allocated_gib": torch.cuda.max_memory_allocated(run.device) / 2**30 if cuda else None,
         "peak_reserved_gib": torch.cuda.max_memory_reserved(run.device) / 2**30 if cuda else None,
@@ -261,9 +296,11 @@ def measure(settings: Settings) -> dict:
         "dtype": str(run.dtype).removeprefix("torch."),
         "watched": str(monitor),
         **run.told,
+        **run.link(),
     }
     try:
-        found = stages(run, batches, PROFILED) if settings.who == "ours" else None
+        alone = settings.who == "ours" and settings.processes == 1
+        found = stages(run, batches, PROFILED) if alone else None
     except (RuntimeError, FastkitError) as error:  # a GPU that may not be profiled, memory that does not suffice
         found = first_line(error)
     return {"row": row, "stages": found}
@@ -293,6 +330,7 @@ def carry_out(settings: Settings) -> dict:
     """What the process of `settings` was started for; {"failed": why} if it cannot be done."""
     from fastkit.train.bench_stages import card_facts
 
+    settings = replace(settings, device=processes.device_of(settings.device))
     device = resolve_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -318,8 +356,11 @@ def _from_memory(error: BaseException) -> bool:
 
 def command(settings: Settings, given: Path, answer: Path) -> list[str]:
     """What starts the process of `settings`."""
-    first = CONTENDERS[settings.who].first if settings.who in CONTENDERS else ""
     given.write_text(json.dumps(asdict(settings)))
+    if settings.processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.processes)]
+        return [sys.executable, *torchrun, "-m", "fastkit.train.bench_contenders", str(given), str(answer)]
+    first = CONTENDERS[settings.who].first if settings.who in CONTENDERS else ""
     text = f"{first}\nfrom fastkit.train.bench_contenders import main\nmain()"
     return [sys.executable, "-c", text, str(given), str(answer)]
 
@@ -340,6 +381,12 @@ def environment(scratch: Path) -> dict[str, str]:
 def main() -> None:
     given, answer = map(Path, sys.argv[1:])
     found = carry_out(Settings(**json.loads(given.read_text())))
+    if not processes.is_first():
+        return
     staging = answer.with_suffix(".part")
     staging.write_text(json.dumps(found))
     staging.replace(answer)
+
+
+if __name__ == "__main__":
+    main()

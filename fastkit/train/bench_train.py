@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -54,6 +55,11 @@ class TrainBenchConfig:
             "help": "what plan auto may take of the GPU's memory, such as 8GiB, a contender each; none: what is free"
         },
     )
+    processes: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "processes of ours under torchrun, a GPU and --batch sequences each; or several"},
+    )
+    strategy: Literal["ddp", "fsdp2"] = flag("ddp", "of several processes, as in finetune; fsdp2 with AdamW in fp32")
     limit: str | None = flag(None, "what torch may take of the GPU's memory in each process, such as 7.2GiB")
     time_limit: float = flag(900.0, "seconds that one contender may take")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
@@ -66,6 +72,11 @@ class TrainBenchConfig:
         for name in ("batch", "seq", "rank", "steps"):
             if getattr(self, name) < 1:
                 raise FastkitError(f"--{name} {getattr(self, name)} must be 1 or more")
+        for count in self.processes:
+            if count < 1:
+                raise FastkitError(f"--processes {count} must be 1 or more")
+            if count > 1 and self.device == "auto" and torch.cuda.is_available() and count > torch.cuda.device_count():
+                raise FastkitError(f"--processes {count} need a GPU each, and there are {torch.cuda.device_count()}")
         if self.warmup < 0:
             raise FastkitError(f"--warmup {self.warmup} must not be negative")
         for who in self.others():
@@ -108,7 +119,10 @@ class TrainBenchConfig:
         shared["limit_gib"] = limit_gib
         others = [Settings(who, **shared) for who in self.others()]
         return others + [
-            Settings("ours", plan=plan, compute=compute, budget_gib=budget, **shared)
+            Settings(
+                "ours", plan=plan, compute=compute, budget_gib=budget, processes=count, strategy=self.strategy, **shared
+            )
+            for count in self.processes
             for compute in self.compute
             for plan in self.plans()
             for budget in (map(gib, self.budget) if plan == "auto" and self.budget else [None])
@@ -135,7 +149,8 @@ def bench(config: TrainBenchConfig) -> tuple[list[dict], list[dict], list[str]]:
         scratch = Path(folder)
         facts = checkpoint = None
         for settings in every:
-            row = {"who": label(settings), "plan": settings.plan, "compute": settings.compute, "failed": None}
+            row = {name: getattr(settings, name) for name in ("plan", "compute", "processes")}
+            row = {"who": label(settings), **row, "failed": None}
             rows.append(row)
             print(f"{row['who']} ...", file=sys.stderr)
             if lacking := CONTENDERS[settings.who].lacking():
@@ -150,6 +165,7 @@ def bench(config: TrainBenchConfig) -> tuple[list[dict], list[dict], list[str]]:
                     continue
             found = _start(settings, scratch, config)
             row |= found.get("row", found)
+            print(f"  {row['failed'] or format(row['tokens_per_second'], ',.0f') + ' tokens/s'}", file=sys.stderr)
             if isinstance(found.get("stages"), list):
                 if cuda and facts is None:
                     facts = _start(_as(settings, "card", None), scratch, config)
@@ -167,7 +183,8 @@ def label(settings: Settings) -> str:
     if settings.who != "ours":
         return settings.who
     budget = f" {settings.budget_gib:g} GiB" if settings.budget_gib else ""
-    return f"ours, {settings.plan}{budget}" + (f", {settings.compute}" if settings.compute == "fp8" else "")
+    several = f", {settings.processes} x {settings.strategy}" if settings.processes > 1 else ""
+    return f"ours, {settings.plan}{budget}" + (f", {settings.compute}" if settings.compute == "fp8" else "") + several
 
 
 def _as(settings: Settings, who: str, checkpoint: Path | None) -> Settings:

@@ -25,8 +25,13 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def number() -> int:
+    """Which of them this is, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
 def is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return number() == 0
 
 
 def device_of(device: str) -> str:
