@@ -2,6 +2,7 @@
 # make test   every test and every notebook: `make code` is pytest, `make architectures` compiles every kernel for every
 #             architecture, `make notebooks` runs the notebooks by papermill and by nbval
 # make lab    JupyterLab on the course
+# make sanitize   on a GPU: the tests of each kernel under compute-sanitizer, memcheck and racecheck
 # Each makes its own virtual environment in .venv first. PYTHON=... names another interpreter, VENV=... another folder.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: demo test code architectures notebooks lint lab clean
+.PHONY: demo test code architectures notebooks lint lab sanitize clean
 
 demo: $(VENV)/.installed
 	mkdir -p runs
@@ -39,6 +40,9 @@ notebooks: $(VENV)/.installed
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab --notebook-dir notebooks
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/sanitize.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastkit needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=python3.11')"
