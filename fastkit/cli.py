@@ -54,6 +54,7 @@ class WarmupConfig:
     plan: list[str] = field(
         default_factory=lambda: ["all"], metadata={"help": "what layers keep, as in finetune; all for every plan"}
     )
+    compute: Literal["auto", "fp8"] = field(default="auto", metadata={"help": "of fused layers, as in finetune"})
     every_length: bool = field(
         default=True, metadata={"help": "also for shorter sequences and batches, as a fine-tune has them"}
     )
@@ -166,15 +167,16 @@ def _finetune(argv: list[str]) -> int:
     config.check()
     from fastkit.train.finetune import FineTune
 
-    run = FineTune(**config.as_dict()).prepare()
-    before, shape = run.metrics["before"], run.metrics["parameters"]
-    print(
-        f"{config.model}: {shape['base'] / 1e6:,.0f} M parameters in {shape['base_gib']:.2f} GiB, "
-        f"{shape['adapters'] / 1e6:.1f} M trained in {run.metrics['dtype']} on {run.metrics['card']['name']}; "
-        f"{run.metrics['data']['train']['records']} records"
-    )
-    metrics = run.train()
-    adapter = run.save()
+    with FineTune(**config.as_dict()) as run:
+        run.prepare()
+        before, shape = run.metrics["before"], run.metrics["parameters"]
+        print(
+            f"{config.model}: {shape['base'] / 1e6:,.0f} M parameters in {shape['base_gib']:.2f} GiB, "
+            f"{shape['adapters'] / 1e6:.1f} M trained in {run.metrics['dtype']} on {run.metrics['card']['name']}; "
+            f"{run.metrics['data']['train']['records']} records"
+        )
+        metrics = run.train()
+        adapter = run.save()
     after = metrics["after"]
     print(
         f"validation loss {before['validation_loss']:.4f} -> {after['validation_loss']:.4f} in {metrics['steps']} steps"

@@ -1,8 +1,9 @@
 """Where a decoder layer's halves keep tensors between forward and backward: on the device, or in host memory.
 
-Offloading works one half behind the computation. When a half keeps its tensors, those of the half before start their
-way to pinned host memory on a stream of their own; when a half's backward begins, those of the half before start their
-way back. So the copies hide behind the products, and the last half, whose backward follows at once, never leaves.
+Offloading works one half behind the computation. When a half keeps its tensors, those of the half before are sent to
+pinned host memory, on a stream of their own that waits for their half alone, so beside the products that were launched
+since; when a half's backward begins, those of the half before start their way back. So the copies hide behind the
+products, and the last half, whose backward follows at once, never leaves.
 
 Memory is held by hand and not by `record_stream`, under which the allocator keeps blocks until it happens to look: a
 tensor that is copied out is let go only after the computing stream was told to wait for that copy, and one that comes
@@ -47,6 +48,12 @@ class Keeper:
         """Give back the host memory that lies ready for the next pass."""
         self._idle.clear()
 
+    def overwrite(self) -> None:
+        """Zeros over that memory; no copy may be under way."""
+        for buffers in self._idle.values():
+            for buffer in buffers:
+                buffer.data.zero_()
+
     def streams(self, device: torch.device) -> tuple:
         """(out, in), made once; (None, None) on the CPU."""
         if device.type != "cuda":
@@ -71,6 +78,7 @@ class Kept:
 
     here     on the device; None while they are away
     away     name: (its host buffer, shape, strides), from the start of the copy out on
+    ready    the event after which they can be copied out
     """
 
     def __init__(self, keeper: Keeper, tensors: dict[str, torch.Tensor], offload: bool, before: "Kept | None"):
@@ -81,6 +89,8 @@ class Kept:
         self.away: dict[str, tuple[_HostBuffer, tuple, tuple]] = {}
         self.device = next(iter(tensors.values())).device
         self.out = self.back = None  # events: the end of the copy out, and of the one back
+        on_gpu = offload and self.device.type == "cuda"
+        self.ready = torch.cuda.current_stream(self.device).record_event() if on_gpu else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors on the device, for the work that the current stream does next."""
@@ -99,7 +109,7 @@ class Kept:
         stream, _ = self.keeper.streams(self.device)
         buffers = {name: self.keeper.buffer(x) for name, x in self.here.items()}
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
+            stream.wait_event(self.ready)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             for name, x in self.here.items():
                 buffer = buffers[name]

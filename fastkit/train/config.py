@@ -12,6 +12,7 @@ RESUME_MAY_CHANGE = (
     "output",
     "resume",
     "save_total_limit",
+    "private",
     "progress",
     "plan",
     "budget",
@@ -29,7 +30,7 @@ def flag(default, text: str):
 class FinetuneConfig:
     """Settings of one fine-tune; the metadata of each field is its help text."""
 
-    model: str = flag("smollm2", "smollm2, a local folder, a hub id, or with random_weights a named 7B or 13B shape")
+    model: str = flag("smollm2", "smollm2, a local folder, a hub id, or with random_weights a shape such as mistral-7b")
     random_weights: bool = flag(False, "draw random weights of the exact shape: for speed and memory, not for quality")
     data: str = flag("gpu-instructions", "file (jsonl, json, csv, parquet), folder, hub id, or gpu-instructions")
     validation: str | None = flag(None, "validation data; by default the data's own split, else a part of train")
@@ -51,14 +52,24 @@ class FinetuneConfig:
     )
     epochs: float = flag(1.0, "passes over the training data, when steps is not given")
     steps: int = flag(-1, "optimizer steps; overrides epochs when above 0")
-    batch_size: int = flag(4, "sequences a forward pass")
+    batch_size: int = flag(4, "records, or with packing rows of records, a forward pass")
     accumulation: int = flag(1, "forward passes an optimizer step")
+    packing: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "lay records end to end in rows of up to max_length tokens, none seeing another: a step then holds batch_size "
+        "rows, so more records, and an epoch fewer steps; auto: where layers are fused on a GPU",
+    )
     gradient_checkpointing: bool | None = flag(None, "recompute activations; default: only above 1B parameters")
     kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
     plan: str = flag(
         "off",
         "what fused decoder layers keep for the backward: auto, the fastest that fits the budget; a plan's name; "
         "off: layers are not fused",
+    )
+    compute: Literal["auto", "fp8"] = flag(
+        "auto",
+        "what fused layers multiply their frozen weights in: auto, the dtype; fp8, e4m3, on GPUs from sm_89 on, faster "
+        "and less exact",
     )
     budget: str | None = flag(None, 'GPU memory that the run may take, such as "8GiB"; by default what is free')
     strategy: Literal["ddp", "fsdp2"] = flag(
@@ -76,6 +87,10 @@ class FinetuneConfig:
     seed: int = flag(0, "of the adapters, the order of the data and the dropout")
     facts: bool = flag(True, "ask the validation records that carry a fact, before and after")
     samples: int = flag(3, "how many other validation questions to answer, before and after")
+    private: bool = flag(
+        False,
+        "use no network, keep files for this user alone, and overwrite the GPU's memory at the end, however it comes",
+    )
     progress: bool = flag(True, "show the progress bar, or in a notebook the live plot")
 
     def check(self) -> None:
@@ -93,6 +108,10 @@ class FinetuneConfig:
             raise FastkitError(f"--steps {self.steps} must be above 0, or -1 to go by --epochs")
         if self.plan not in ("auto", "off"):
             plan_of(self.plan)
+        if self.compute == "fp8" and self.plan == "off":
+            raise FastkitError("--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto")
+        if self.compute == "fp8" and self.dropout:
+            raise FastkitError(f"--compute fp8 has the adapters in the weights: leave out --dropout {self.dropout}")
         if self.budget is not None:
             parse_bytes(self.budget)
         if not 0 < self.validation_fraction < 1:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from fastkit.models import add_lora, budget, load
 from fastkit.models.chat import answer
 from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
-from fastkit.train import data, facts, processes, run_folder, sharding
+from fastkit.train import data, facts, packing, private, processes, run_folder, sharding
 from fastkit.train import trainer as trainer_
 from fastkit.train.callbacks import Bar, LivePlot, curves, in_notebook
 from fastkit.train.config import FinetuneConfig
@@ -22,10 +22,10 @@ from fastkit.train.config import FinetuneConfig
 
 def finetune(**settings) -> dict:
     """Fine-tune in one call; `settings` are those of FinetuneConfig. Returns what `metrics.json` holds."""
-    run = FineTune(**settings)
-    run.prepare()
-    run.train()
-    run.save()
+    with FineTune(**settings) as run:
+        run.prepare()
+        run.train()
+        run.save()
     return run.metrics
 
 
@@ -34,6 +34,9 @@ class FineTune:
 
     Attributes after `prepare`: `model` (peft), `tokenizer`, `train_set`, `validation_set` (tokenized), `asked` (the
     questions that carry a fact), `samples` (the first questions that carry none), `trainer`, `folder`.
+
+    With `private` all three belong into `with FineTune(...) as run:` (see `private.private`), at whose end `model` and
+    `trainer` are gone; else `with` does nothing.
 
     Raises FastkitError for every bad setting, file or model, before anything is written but the run's own folder.
     """
@@ -45,14 +48,32 @@ class FineTune:
             raise FastkitError(f"unknown setting: {error}") from error
         self.config.check()
         self.metrics = {"config": self.config.as_dict()}
+        self._ending = ExitStack()
+
+    def __enter__(self) -> "FineTune":
+        if self.config.private:
+            self._ending.enter_context(private.private(self.config.output, self._let_go))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._ending.__exit__(*error)
+
+    def _let_go(self) -> tuple:
+        model, trainer = (vars(self).pop(name, None) for name in ("model", "trainer"))
+        return model, getattr(trainer, "optimizer", None)
 
     def prepare(self) -> "FineTune":
         """Load and check everything; evaluate the model as it is."""
         config = self.config
+        if config.private:
+            private.check(config.model)
         device = resolve_device(processes.device_of(config.device))
         processes.join(device)
         self.dtype = resolve_dtype(config.dtype, device)
         use_kernels = self._use_kernels(device)
+        if config.compute == "fp8":
+            self._check_fp8(use_kernels, device)
+        self._settle_packing(use_kernels and device.type == "cuda")
         train_records, validation_records = data.load_splits(
             config.data, config.validation_fraction, config.seed, config.validation
         )
@@ -82,9 +103,11 @@ class FineTune:
             self.model,
             self.train_set.select_columns(columns),
             self.validation_set.select_columns(columns),
-            data.Collator(self.tokenizer.pad_token_id),
+            (packing.RowCollator if config.packing == "on" else data.Collator)(self.tokenizer.pad_token_id),
             self.dtype,
         )
+        if config.packing == "on" and processes.is_first():
+            print(self.trainer.order)
         self.metrics |= {
             "card": card(device),
             "processes": processes.count(),
@@ -103,6 +126,7 @@ class FineTune:
             print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from step 0")
         reset_peak(self.device)
         self.trainer.tokens_seen.zero_()
+        self.trainer.places_seen.zero_()
         timer = StepTimer()
         self.trainer.add_callback(timer)
         if self.config.progress and processes.is_first():
@@ -112,7 +136,7 @@ class FineTune:
         with self._out_of_memory():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = self.trainer.state
-        tokens = int(processes.total(self.trainer.tokens_seen))
+        tokens, places = (int(processes.total(seen)) for seen in (self.trainer.tokens_seen, self.trainer.places_seen))
         training, validation = curves(state.log_history)
         self.metrics |= {
             "steps": state.global_step,
@@ -121,6 +145,7 @@ class FineTune:
             "exported_step": state.best_global_step if self.config.keep == "best" else state.global_step,
             "seconds": round(time.perf_counter() - start, 2),
             "tokens": tokens,
+            "padding": round(1 - tokens / places, 4) if places else None,  # a part of what went through
             "tokens_per_second": timer.rate(tokens),
             "peak_memory_gib": round(peak_gib(self.device), 3),
             "plans_switched": self.trainer.retry.switched,
@@ -169,12 +194,26 @@ class FineTune:
             return False
         return True
 
+    def _check_fp8(self, use_kernels: bool, device: torch.device) -> None:
+        if not use_kernels:
+            raise FastkitError("--compute fp8 is for fused layers, and this run has none: add --kernels on")
+        if device.type == "cuda" and self.dtype != torch.bfloat16:
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise FastkitError(f"--compute fp8 gives bfloat16, and this run is in {dtype}: add --dtype bf16")
+
+    def _settle_packing(self, kernels_on_gpu: bool) -> None:
+        """Decide what --packing auto is, and keep that as the setting: a resumed run must pack as it did."""
+        if self.config.packing == "auto":
+            self.config.packing = "on" if kernels_on_gpu and self.config.plan != "off" else "off"
+        self.metrics["config"]["packing"] = self.config.packing
+
     def _patch(self) -> None:
         """Let the model learn through the kernels, its layers under the plan that the settings ask for."""
         from fastkit.models.patch import fused_layers, patch, set_plan
 
         config, plan = self.config, self.config.plan
-        report = patch(self.model, plan=None if plan in ("auto", "off") else plan, layers=plan != "off")
+        its_plan = None if plan in ("auto", "off") else plan
+        report = patch(self.model, plan=its_plan, layers=plan != "off", compute=config.compute)
         self.metrics["kernels"] = report.as_dict()
         if plan == "off":
             return
@@ -182,7 +221,8 @@ class FineTune:
             warnings.warn(f"{name} runs through transformers: {why}", stacklevel=3)
         if not (layers := fused_layers(self.model)) or report.left:
             return  # an estimate would be of another model
-        size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer, dtype=self.dtype)
+        size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer)
+        size |= dict(dtype=self.dtype, compute=config.compute)
         if plan == "auto":
             chosen = budget.choose(self.model, self._budget(), **size, rates=budget.rates(self.device, self.dtype))
             set_plan(self.model, chosen.plans)

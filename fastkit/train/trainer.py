@@ -4,11 +4,12 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from fastkit.train import processes, sharding
+from fastkit.train import packing, processes, sharding
 from fastkit.train.callbacks import Watch
 from fastkit.train.config import FinetuneConfig
 from fastkit.train.flat import Flat, can_be_flat
@@ -29,8 +30,9 @@ class QLoRATrainer(Trainer):
 
     * A checkpoint is written to a staging folder and takes its name in one rename, so a `checkpoint-N` is whole.
     * Validation loss is the mean over target tokens, not over batches: it does not depend on the batch size.
-    * A batch holds records of like length (see `LengthGrouped`).
-    * `tokens_seen` counts the tokens of the sequences (padding left out) that went through forward and backward here.
+    * A batch holds records of like length (see `LengthGrouped`), or rows of packed ones (see `PackedOrder`).
+    * `tokens_seen` counts the tokens of the sequences (padding left out) that went through forward and backward here,
+      `places_seen` those with padding.
     * Several processes see the records that one would with batches as large as theirs together; each record once.
     * A step that runs out of GPU memory begins again under leaner plans (see `Retry`).
     * With `sharded` the model is in parts (see `sharding`) from the start of training; checkpoints are whole.
@@ -38,18 +40,18 @@ class QLoRATrainer(Trainer):
 
     _staging: Path | None = None
 
-    def __init__(self, *args, records: int, sharded: bool, **kwargs):
+    def __init__(self, *args, order: Sampler, sharded: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.records, self.sharded = records, sharded  # of train_dataset, fillers left out
+        self.order, self.sharded = order, sharded
         if sharded:  # the model comes wrapped already: accelerate leaves out DDP
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True, device_placement=False)
         self.retry = Retry(self.accelerator.unwrap_model(self.model))
-        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.tokens_seen, self.places_seen = torch.zeros(2, dtype=torch.int64, device=self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        trained = (inputs["labels"] != -100).any(1, keepdim=True)  # no filler
-        self.tokens_seen += (inputs["attention_mask"] * trained).sum().to(self.tokens_seen.device)  # without a sync
+        self.tokens_seen += _tokens(inputs).to(self.tokens_seen.device)  # without a sync
+        self.places_seen += inputs["input_ids"].numel()
         one_pass = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         if processes.count() > 1:  # a step that one process alone began anew would leave the others waiting
             return one_pass(inputs)
@@ -82,10 +84,7 @@ class QLoRATrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes.count()
-        # of the whole step, so that neither accumulating nor another number of processes changes its records
-        return LengthGrouped(lengths[: self.records], per_step, self.args.data_seed, len(lengths) - self.records)
+        return self.order
 
     def create_optimizer(self, *args, **kwargs):
         if self.sharded and self.optimizer is None:  # here, when a checkpoint's adapters are loaded already
@@ -170,17 +169,41 @@ def _lengths(dataset) -> list[int]:
     return [len(ids) for ids in dataset["input_ids"]]
 
 
+def _tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of a batch are a record's: neither padding nor fillers."""
+    if "position_ids" in inputs:  # of packed rows
+        return (inputs["position_ids"] >= 0).sum()
+    return (inputs["attention_mask"] * (inputs["labels"] != -100).any(1, keepdim=True)).sum()
+
+
+def _ordered(config: FinetuneConfig, model, train, per_step: int):
+    """(what is trained, the order in which it is): records of like length, or with --packing on rows of records.
+
+    Both by the whole step, so that neither accumulating nor another number of processes changes its records.
+    """
+    lengths = _lengths(train)
+    if config.packing == "on":
+        sizes = (config.max_length, config.batch_size, per_step, processes.count(), model.config.hidden_size)
+        order = packing.PackedOrder(lengths, *sizes, config.seed)
+        return packing.Rows(train, order), order
+    full = _evened(train, config)
+    return full, LengthGrouped(lengths, per_step, config.seed, len(full) - len(train))
+
+
+def _evened(dataset, config: FinetuneConfig):
+    """`dataset` with fillers, so that every process has as many batches."""
+    return dataset if processes.count() == 1 else filled(dataset, config.batch_size * processes.count())
+
+
 def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype) -> QLoRATrainer:
     """The trainer of `config` over tokenized datasets."""
     device = model.device
-    together = config.batch_size * processes.count()  # records of all processes' next batches
-    per_step = together * config.accumulation
-    multiple = 1 if processes.count() == 1 else together
-    steps = config.steps if config.steps > 0 else max(1, int(-(-len(train) // per_step) * config.epochs))
+    per_step = config.batch_size * config.accumulation * processes.count()
+    train, order = _ordered(config, model, train, per_step)
+    steps = config.steps if config.steps > 0 else max(1, int(-(-len(order) // per_step) * config.epochs))
     eval_steps = config.eval_steps or max(1, steps // 8)
-    checkpointing = config.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = model.base_model.model.num_parameters() > 1e9
+    large = model.base_model.model.num_parameters() > 1e9
+    checkpointing = large if config.gradient_checkpointing is None else config.gradient_checkpointing
     known = TrainingArguments.__dataclass_fields__  # transformers 5.23 renamed gradient_ to activation_checkpointing
     prefix = "activation" if "activation_checkpointing" in known else "gradient"
     args = TrainingArguments(
@@ -215,17 +238,17 @@ def build(config: FinetuneConfig, model, train, validation, collator, dtype: tor
         data_seed=config.seed,
         remove_unused_columns=False,
         label_names=["labels"],
+        use_cache=False,  # with one, transformers does not keep packed records apart
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
     trainer = QLoRATrainer(
-        model=model,
-        args=args,
-        train_dataset=filled(train, multiple),
-        # less padding; their order changes no loss
-        eval_dataset=filled(by_length(validation), multiple),
-        data_collator=collator,
-        records=len(train),
+        model,
+        args,
+        collator,
+        train_dataset=train,
+        eval_dataset=_evened(by_length(validation), config),  # less padding; their order changes no loss
+        order=order,
         sharded=config.strategy == "fsdp2" and processes.count() > 1,
         callbacks=[Watch(config.patience)],
     )
