@@ -7,7 +7,8 @@ find a row's largest number would take a pass of its own. We take an upper bound
     scale[i]    =  bound[i] / 448
 
 The first term never changes (`weight_bounds`, once a weight). The second is made of the adapters alone, hundredths of
-the weight's bytes, in two small launches. For W.T the same holds with rows and columns, A and B exchanged.
+the weight's bytes, in two small launches. For W.T the same holds with rows and columns, A and B exchanged. A row that
+runs through several weights, side by side, takes the largest of their scales.
 
 Casts: all arithmetic is fp32.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, device_of, fp32, tl, triton
+from fastkit.kernels.common import Cost, check_floats, device_of, fp32, on_triton, tl, triton
 from fastkit.kernels.nf4 import NF4Weight, reference_absmax
 
 FP8 = torch.float8_e4m3fn
@@ -30,13 +31,21 @@ def cost(N: int, K: int, r: int, dtype=torch.bfloat16) -> Cost:
     return Cost(r * (N + K) * dtype.itemsize + 12 * N, r * (3 * N + 2 * K) + 2 * N)
 
 
-def reference_fp8(w: torch.Tensor, bound: torch.Tensor, A, B, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w / scale in e4m3, scale [rows]) of w in fp32 in plain torch; A [r, columns], B [rows, r], bound [rows]."""
+def lacks_fp8(arch: str) -> bool:
+    """Whether `arch`, of `architecture`, has no e4m3: NVIDIA's before sm_89, and AMD's, whose e4m3 is another."""
+    return arch.startswith("gfx") or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 89)
+
+
+def reference_scale(bound: torch.Tensor, A, B, scaling: float) -> torch.Tensor:
+    """scale [rows] in plain torch; A [r, columns], B [rows, r], bound [rows]."""
     if A is not None:
         bound = bound + abs(scaling) * (B.float().abs() @ A.float().abs().amax(1))
-    bound = bound.clamp(min=1e-30)
-    scale = bound / FP8_MAX
-    return (w * (1 / scale)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return bound.clamp(min=1e-30) / FP8_MAX
+
+
+def reference_fp8(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """w / scale in e4m3, of w [rows, columns] in fp32, in plain torch."""
+    return (w * (1 / scale)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def weight_bounds(weight: NF4Weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,3 +123,20 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     empty = functools.partial(torch.empty, device="meta")
     A, B = empty(r, K, dtype=dtype), empty(N, r, dtype=dtype)
     return {f"rows of {N}x{K}, rank {r}": lambda: launch_scale(empty(N), A, B, 2.0, empty(N), empty(N))}
+
+
+def merged_scale(
+    bound: torch.Tensor, A=None, B=None, scaling: float = 1.0, *, transposed: bool = False
+) -> torch.Tensor:
+    """The scale [rows], fp32, of each row that `merged_dequantize_fp8` writes of a weight with such bounds.
+
+    The arguments are its own. Raises as it does; CPU tensors take torch.
+    """
+    check_floats("merged_scale", bound=bound, **({} if A is None else {"A": A, "B": B}))
+    if A is not None and (rows := A.shape[1] if transposed else B.shape[0]) != bound.shape[0]:
+        raise ValueError(f"merged_scale: bound has shape {tuple(bound.shape)}; the adapter's rows need ({rows},)")
+    if not on_triton("merged_scale", "bound", bound):
+        return reference_scale(bound, *((B.T, A.T) if A is not None and transposed else (A, B)), scaling)
+    scale, inverse = torch.empty(2, bound.shape[0], device=bound.device)
+    launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
+    return scale

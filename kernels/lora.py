@@ -26,14 +26,14 @@ above rank 32 a second reading is cheaper and is what we do. The kernels are tho
 Casts: x and dy go to the tensor cores as they are. A and B, where they are of another dtype, and xA and dyB, which are
 fp32, go there as a sum of two numbers of x's dtype, the rounded one and what rounding lost: two products for one, in
 kernels that wait for memory, and errors of 2**-17 (bf16) where cuBLAS' bf16 intermediates have 2**-9. fp32 inputs are
-multiplied as three TF32 products. Sums are fp32. dA and dB have the dtypes of A and B, rounded once.
+multiplied as three TF32 products. Sums are fp32. dA and dB are rounded once.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from fastkit.kernels.common import Cost, architecture, as_rows, check_floats, on_triton
+from fastkit.kernels.common import KERNEL_DTYPES, Cost, architecture, as_rows, check_floats, on_triton
 from fastkit.kernels.lora_passes import GROUP, launch
 
 MAX_RANK = 256
@@ -48,24 +48,24 @@ def cost(M: int, K: int, Ns: Sequence[int], r: int, dtype=torch.bfloat16, adapte
     )
 
 
-def reference(x, dys, As, Bs, scalings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def reference(x, dys, As, Bs, scalings, dtype=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The same in plain torch, in fp32. fp64 stays fp64: the tests' truth."""
     accurate = torch.promote_types(x.dtype, torch.float32)
     M = x.shape[:-1].numel()
     rows, dAs, dBs = x.reshape(M, x.shape[-1]).to(accurate), [], []
     for dy, A, B, scaling in zip(dys, As, Bs, scalings, strict=True):
         dy = dy.reshape(M, dy.shape[-1]).to(accurate)
-        dAs.append((scaling * ((dy @ B.to(accurate)).T @ rows)).to(A.dtype))
-        dBs.append((scaling * (dy.T @ (rows @ A.to(accurate).T))).to(B.dtype))
+        dAs.append((scaling * ((dy @ B.to(accurate)).T @ rows)).to(dtype or A.dtype))
+        dBs.append((scaling * (dy.T @ (rows @ A.to(accurate).T))).to(dtype or B.dtype))
     return dAs, dBs
 
 
-def _with_torch(x, dys, As, Bs, scalings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _with_torch(x, dys, As, Bs, scalings, dtype=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """For GPUs without tensor cores that Triton can use: cuBLAS, in the dtype of x."""
     dAs, dBs = [], []
     for dy, A, B, scaling in zip(dys, As, Bs, scalings, strict=True):
-        dAs.append((scaling * ((dy @ B.to(x.dtype)).T @ x)).to(A.dtype))
-        dBs.append((scaling * (dy.T @ (x @ A.to(x.dtype).T))).to(B.dtype))
+        dAs.append((scaling * ((dy @ B.to(x.dtype)).T @ x)).to(dtype or A.dtype))
+        dBs.append((scaling * (dy.T @ (x @ A.to(x.dtype).T))).to(dtype or B.dtype))
     return dAs, dBs
 
 
@@ -88,7 +88,7 @@ def _check(x, dys, As, Bs, scalings) -> None:
 
 def lora_gradients(
     x: torch.Tensor, dys: Sequence[torch.Tensor], As: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
+    scalings: Sequence[float], dtype: torch.dtype | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
     """(dAs, dBs): the gradients of LoRA adapters that share the input x, such as q, k and v (arXiv:2106.09685).
 
@@ -96,7 +96,8 @@ def lora_gradients(
     dys       for each adapter ∂L/∂y [..., N_i], of x's dtype
     As, Bs    [r_i, K] and [N_i, r_i], float32, float16 or bfloat16, r_i from 1 to 256
     scalings  numbers, alpha / r
-    returns   lists of tensors like As and Bs, contiguous; they may share memory with one another, side by side
+    dtype     of the gradients; None: those of A and B, which may be the 16-bit copies of parameters in fp32
+    returns   lists of tensors shaped as As and Bs, contiguous; they may share memory with one another, side by side
 
     x is read twice and each dy once (twice above rank 32), in place if its rows are contiguous, however far apart;
     other layouts are copied first. Up to three adapters in a row that have one rank share the readings of x; their As,
@@ -108,21 +109,24 @@ def lora_gradients(
     torch's products in the dtype of x.
     """
     _check(x, dys, As, Bs, scalings)
+    if dtype is not None and dtype not in KERNEL_DTYPES:
+        raise TypeError(f"lora_gradients: dtype is {dtype}; give float32, float16 or bfloat16, or None")
     with torch.no_grad():
         kernels = all(on_triton("lora_gradients", "x", t) for t in (x, *As, *Bs))  # bf16 on a CPU: none
         if not kernels or 0 in (x.numel(), *(dy.numel() for dy in dys)):
-            return reference(x, dys, As, Bs, scalings)
+            return reference(x, dys, As, Bs, scalings, dtype)
         x, dys = as_rows(x), [as_rows(dy) for dy in dys]
         if architecture(x.device) == "sm_75":
-            return _with_torch(x, dys, As, Bs, scalings)
+            return _with_torch(x, dys, As, Bs, scalings, dtype)
         As, Bs, scalings = list(As), list(Bs), list(scalings)
         dAs, dBs = [], []
         for group in _groups([len(A) for A in As]):
             A, B = _stacked(As[group]), _stacked(Bs[group])
-            dA, dB = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (A, B))
+            dA, dB = (torch.empty(t.shape, dtype=dtype or t.dtype, device=x.device) for t in (A, B))
             launch(x, dys[group], A, B, scalings[group], dA, dB)
-            dAs += [part.to(like.dtype) for part, like in zip(dA.split([*map(len, As[group])]), As[group], strict=True)]
-            dBs += [part.to(like.dtype) for part, like in zip(dB.split([*map(len, Bs[group])]), Bs[group], strict=True)]
+            for found, d, likes in ((dAs, dA, As[group]), (dBs, dB, Bs[group])):
+                parts = d.split([*map(len, likes)])
+                found += [part.to(dtype or like.dtype) for part, like in zip(parts, likes, strict=True)]
         return dAs, dBs
 
 

@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, tl, triton
-from fastkit.kernels.fp8_scale import FP8, launch_scale, reference_fp8
+from fastkit.kernels.fp8_scale import FP8, lacks_fp8, launch_scale, reference_fp8, reference_scale
 from fastkit.kernels.nf4 import (
     NF4Weight,
     code_values,
@@ -167,7 +167,7 @@ def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -
     arch = architecture(w.device)
     if arch == "sm_75":
         raise NotImplementedError("merged_dequantize needs Triton's tensor cores, sm_80: use dequantize_nf4 and addmm_")
-    if w.dtype == FP8 and arch in ("sm_80", "sm_86", "gfx942", "gfx1100"):
+    if w.dtype == FP8 and lacks_fp8(arch):
         raise NotImplementedError(f"merged_dequantize writes FP8 from sm_89 on and this is {arch}: use bfloat16")
     N, K = weight.shape
     if N * K == 0:
@@ -199,6 +199,12 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
         f"merged {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=dtype)),
         f"transposed {N}x{K}, rank {r}": functools.partial(dense, empty(K, N, dtype=dtype), True),
         f"FP8 {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=FP8), False, empty(N)),
+        f"FP8 {N}x{K}, rank {r} in fp32": functools.partial(
+            launch, weight, A.float(), B.float(), 2.0, empty(N, K, dtype=FP8), False, empty(N)
+        ),
+        f"FP8 transposed {N}x{K}, rank {r} in fp32": functools.partial(
+            launch, weight, A.float(), B.float(), 2.0, empty(K, N, dtype=FP8), True, empty(K)
+        ),
         f"merged {N}x{K}, rank {r} in fp32": functools.partial(
             launch, weight, A.float(), B.float(), 2.0, empty(N, K, dtype=dtype)
         ),
@@ -226,13 +232,21 @@ def _checked(op: str, weight: NF4Weight, A, B) -> tuple:
     return tuple((x if x.stride(1) == 1 else x.contiguous()).detach().to(dtype) for x in (A, B))
 
 
+def _check_out(op: str, out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, weight: NF4Weight) -> None:
+    if out.shape != shape or out.device != weight.device or out.stride(1) != 1 or out.dtype != dtype:
+        raise ValueError(
+            f"{op}: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, with strides {out.stride()}; "
+            f"give {shape}, {dtype}, on {weight.device}, with neighbours in a row"
+        )
+
+
 def _runs(op: str, weight: NF4Weight, w: torch.Tensor, A) -> bool:
     """Whether the kernel can take it: rows of whole words, and a device with what the kernel needs."""
     if not on_triton(op, "weight", w if A is None or A.dtype != torch.bfloat16 else A):
         return False
     if weight.shape[1] % 8 or architecture(w.device) == "sm_75":
         return False
-    return w.dtype != FP8 or (w.device.type == "cuda" and architecture(w.device) not in ("sm_80", "sm_86"))
+    return w.dtype != FP8 or (w.device.type == "cuda" and not lacks_fp8(architecture(w.device)))
 
 
 def _with_torch(weight: NF4Weight, A, B, scaling: float) -> torch.Tensor:
@@ -265,11 +279,7 @@ def merged_dequantize(
     if out is None:
         out = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
     check_floats("merged_dequantize", out=out)
-    if out.shape != shape or out.device != weight.device or out.stride(1) != 1 or dtype not in (None, out.dtype):
-        raise ValueError(
-            f"merged_dequantize: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, with strides {out.stride()}; "
-            f"give {shape}, {dtype or out.dtype}, on {weight.device}, with neighbours in a row"
-        )
+    _check_out("merged_dequantize", out, shape, dtype or out.dtype, weight)
     if A is None and not transposed and out.is_contiguous() and on_triton("merged_dequantize", "weight", out):
         dequantize(weight, out)
     elif _runs("merged_dequantize", weight, out, A):
@@ -281,30 +291,43 @@ def merged_dequantize(
 
 
 def merged_dequantize_fp8(
-    weight: NF4Weight, bound: torch.Tensor, A=None, B=None, scaling: float = 1.0, *, transposed: bool = False,
+    weight: NF4Weight, bound: torch.Tensor | None, A=None, B=None, scaling: float = 1.0, *, transposed: bool = False,
+    scale: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`merged_dequantize` in FP8 (e4m3), each row of the result divided by a scale of its own.
 
     weight, A, B, scaling, transposed   as in `merged_dequantize`
-    bound    of the result's rows: the first of `weight_bounds(weight)`, the second if `transposed`
+    bound    of the result's rows: the first of `weight_bounds(weight)`, the second if `transposed`; None with `scale`
+    scale    the rows' scales, in fp32, none below that of `merged_scale`: for rows that run through several weights
+    out      as in `merged_dequantize`, in e4m3
     returns  (w8 [N, K] or [K, N], scale [N] or [K] in fp32); w8 * scale is W, to the 4 significant bits of e4m3.
              For a product x @ W.T give torch._scaled_mm x8, w8.T, and scale as the scales of its columns.
 
     Raises as `merged_dequantize` does, and takes torch where that does; also on a CPU and on GPUs before sm_89.
     """
-    A, B = _checked("merged_dequantize_fp8", weight, A, B)
+    op = "merged_dequantize_fp8"
+    A, B = _checked(op, weight, A, B)
     N, K = weight.shape
     shape = (K, N) if transposed else (N, K)
-    check_floats("merged_dequantize_fp8", bound=bound)
-    if bound.shape != shape[:1] or bound.device != weight.device:
-        raise ValueError(f"merged_dequantize_fp8: bound has shape {tuple(bound.shape)}; use weight_bounds(weight)")
-    w8 = torch.empty(shape, dtype=FP8, device=weight.device)
-    if not _runs("merged_dequantize_fp8", weight, w8, A):
+    if (bound is None) == (scale is None):
+        raise ValueError(f"{op}: give either bound or scale")
+    name, given = ("bound", bound) if scale is None else ("scale", scale)
+    check_floats(op, **{name: given})
+    if given.shape != shape[:1] or given.device != weight.device:
+        raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, on {given.device}; use weight_bounds(weight)")
+    w8 = torch.empty(shape, dtype=FP8, device=weight.device) if out is None else out
+    _check_out(op, w8, shape, FP8, weight)
+    if not _runs(op, weight, w8, A):
         w = _with_torch(weight, A, B, scaling)
         if transposed:
-            w, A, B = w.T.contiguous(), *((B.T, A.T) if A is not None else (None, None))
-        return reference_fp8(w, bound, A, B, scaling)
-    scale, inverse = torch.empty(2, shape[0], device=weight.device)
-    launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
+            w, A, B = w.T, *((B.T, A.T) if A is not None else (None, None))
+        scale = reference_scale(bound, A, B, scaling) if scale is None else scale
+        w8.copy_(reference_fp8(w, scale))
+        return w8, scale
+    if scale is None:
+        scale, inverse = torch.empty(2, shape[0], device=weight.device)
+        launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
+    else:
+        inverse = scale.reciprocal()
     launch(weight, A, B, float(scaling), w8, transposed, inverse)
     return w8, scale

@@ -69,11 +69,11 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
-    N, stride_dym, stride_gatem, stride_upm, stride_dgatem, stride_dupm,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, y_ptr,
+    N, stride_dym, stride_gatem, stride_upm, stride_dgatem, stride_dupm, stride_ym,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_N neighbouring numbers of a row of dgate and of dup, all inputs read before."""
+    """One program writes BLOCK_N neighbouring numbers of a row of dgate, dup and y, if given; it reads all before."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // blocks_n).to(tl.int64)
     cols = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -89,6 +89,8 @@ def _backward_kernel(
     dgate = dy * up * dsilu
     tl.store(dgate_ptr + row * stride_dgatem + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + row * stride_dupm + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if y_ptr is not None:
+        tl.store(y_ptr + row * stride_ym + cols, (silu * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def elementwise_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -123,11 +125,11 @@ def launch_forward(gate, up, y, **tiling) -> None:
         _forward_kernel[grid](gate, up, y, N, gate.stride(0), up.stride(0), y.stride(0), **tiling)
 
 
-def launch_backward(dy, gate, up, dgate, dup, **tiling) -> None:
-    """Write dgate and dup, given dy, gate and up, all [M, N]. Rows may be any stride apart.
+def launch_backward(dy, gate, up, dgate, dup, y=None, **tiling) -> None:
+    """Write dgate and dup, given dy, gate and up, all [M, N]; and y again if given. Rows may be any stride apart.
 
-    dgate may be gate itself and dup up itself, which saves two buffers and destroys the inputs: for callers that own
-    them. Each number is read before it is overwritten, by the one program that needs it. `tiling` as in the forward.
+    dgate may be gate itself, dup up and y dy, which saves buffers and destroys the inputs: for callers that own them.
+    Each number is read before it is overwritten, by the one program that needs it. `tiling` as in the forward.
     """
     M, N = gate.shape
     if M * N == 0:
@@ -135,8 +137,9 @@ def launch_backward(dy, gate, up, dgate, dup, **tiling) -> None:
     grid, tiling = elementwise_grid(M, N, **tiling)
     with device_of(gate):
         _backward_kernel[grid](
-            dy, gate, up, dgate, dup,
-            N, dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), **tiling,
+            dy, gate, up, dgate, dup, y,
+            N, dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
+            0 if y is None else y.stride(0), **tiling,
         )  # fmt: skip
 
 

@@ -81,10 +81,10 @@ def run_layer(model, x, dy, mask=None, x_grad=True):
     return found | {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
 
 
-def fused(model, plan=None):
+def fused(model, plan=None, compute="auto"):
     """A copy of `model`, patched; every layer must have been taken."""
     model = copy.deepcopy(model)
-    report = patch(model, plan)
+    report = patch(model, plan, compute=compute)
     assert report.layers == len(layers_of(model)) and not report.left, str(report)
     return model
 

@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, SHAPE
 from tolerance import assert_as_close_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkit.kernels import attention
+from fastkit.kernels import attention, rope
 from fastkit.models import pieces
 from fastkit.models.half import Half
 from fastkit.models.patch import patch
@@ -135,10 +135,13 @@ def attend_case(backend, device, dtype, monkeypatch, options, T=40):
 
     attended = pieces.attend(*split(qkv), options)
     dqkv = torch.full_like(qkv, torch.nan)
-    pieces.attend_backward(do, *split(qkv), attended, options, *split(dqkv))
+    angles = torch.rand(1, T, D // 2, dtype=torch.float64, device=device).repeat(1, 1, 2)
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
+    pieces.attend_backward(do, *split(qkv), attended, options, *split(dqkv), turns)
     exact = [x.detach().double().requires_grad_() for x in split(qkv)]
     o = attention.reference(*exact, True, options.window, options.scale)
-    grads = torch.autograd.grad(o, exact, do.double())
+    dq, dk, dv = torch.autograd.grad(o, exact, do.double())
+    grads = *rope.reference(dq, dk, turns[0].double(), -turns[1].double()), dv
     for ours, truth in zip([attended.o, *split(dqkv)], [o, *grads], strict=True):
         error = (ours.double() - truth).norm() / truth.norm()
         assert error <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]

@@ -76,6 +76,16 @@ def test_layouts_are_read_in_place_or_copied(dtype, device):
         assert all(torch.equal(a, b) for pair in zip(ours, plain, strict=True) for a, b in zip(*pair, strict=True))
 
 
+def test_gradients_in_fp32_of_16_bit_copies(device):
+    """Not rounded to what the copies have: they are those of the same numbers in fp32."""
+    x, dys, As, Bs, scalings = inputs(70, 48, [40, 24], [8, 8], torch.float16, device)
+    found = module.lora_gradients(x, dys, As, Bs, scalings, torch.float32)
+    wide = module.lora_gradients(x, dys, [A.float() for A in As], [B.float() for B in Bs], scalings)
+    for ours, theirs in zip(found[0] + found[1], wide[0] + wide[1], strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
 def test_adapters_of_two_dtypes(device):
     x, dys, As, Bs, scalings = inputs(40, 64, [32, 16], [4, 2], torch.float16, device)
     As[1], Bs[0] = As[1].float(), Bs[0].float()

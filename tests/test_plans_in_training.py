@@ -44,7 +44,7 @@ def test_auto_takes_what_the_budget_buys(inputs, stock, tmp_path, capsys):  # no
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("gated", 3 * 4 + 2),  # twice a layer and pass, forward and backward
+        ("gated", 3 * 2 + 2),  # once a layer and pass
         ("gated_backward_", 3 * 2 + 2),
     ],
     ids=["forward", "backward"],

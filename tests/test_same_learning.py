@@ -73,7 +73,7 @@ def test_a_fault_shows(inputs, monkeypatch, fault):
         rows = compare(config(inputs, steps=12, learning_rate=2e-2))["rows"]
         assert "a loss of the first steps differs by" in rows[1]["beyond"]
     else:
-        monkeypatch.setattr(same_learning, "patch", lambda *_: Report(layers=1, left={"layers.1": "quantized"}))
+        monkeypatch.setattr(same_learning, "patch", lambda *_, **__: Report(layers=1, left={"layers.1": "quantized"}))
         with pytest.raises(FastkitError, match=r"(?s)not all of .* is fused: .*layers\.1: quantized"):
             compare(config(inputs))
 

@@ -14,7 +14,7 @@ Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and thro
 
     do         = dy @ W_o                  o's adapters: from o and dy
     dq, dk, dv = do through the attention  from q, k, v, o and lse, written into one buffer [M, N]
-    dq, dk     = turned back               RoPE's backward, in place
+    dq, dk     = turned back               RoPE's backward
     dq, dk     = through their norms       in Qwen3 alone
     dn         = [dq dk dv] @ W_qkv        the adapters of q, k and v: from n and [dq dk dv]
     dx         = dn through the norm + dy  the norm's kernel adds dy; written over dn
@@ -105,9 +105,8 @@ class AttentionHalf(Half):
         do = self._per_head(self.o.input_gradient(dy_c))
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = self._split(dqkv)
-        pieces.attend_backward(do, q, k, v, attended, self.options, dq, dk, dv)
+        pieces.attend_backward(do, q, k, v, attended, self.options, dq, dk, dv, self.table)
         del do, attended, q, k, v
-        pieces.rotate_(dq, dk, *self.table, inverse=True)
         if self.qk_norms is not None:
             self._through_qk_norms(dqkv, qkv)
         del qkv
@@ -125,7 +124,7 @@ class AttentionHalf(Half):
         return dx if x_grad else None, dweight, gradients + o_gradients
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        n, rstd = pieces.norm(x, self.norm, self.qkv.dtype)
+        n, rstd = pieces.norm(x, self.norm, self.qkv.factors)
         return self.qkv.forward(n), rstd
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

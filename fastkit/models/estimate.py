@@ -9,9 +9,12 @@ half's backward holds for a while (the forward holds less):
                 W_gu and n or dn                                    2 M I + 2 I K + M K
     attention   q, k, v, their gradients, o, do and W_qkv or W_o    2 M (Q + 2 N) + 2 M Q + (Q + 2 N) K + M K
 
-and x, dy. Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and
-output, the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; and each layer's backward,
-with those of the layers below it.
+and x, dy. In FP8 a number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da;
+when W_gu is written, gate and up are gone.
+
+Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
+the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; and each layer's backward, with
+those of the layers below it.
 
 An estimate is of torch's allocations. What the allocator reserves beyond (a few percent), and CUDA's own context
 (some 0.5 GiB, outside of what torch counts), come on top.
@@ -46,15 +49,17 @@ class Shape:
     vocabulary: int
     qk_norms: bool
     itemsize: int
+    fp8: bool = False
 
     @classmethod
-    def of(cls, config, dtype: torch.dtype) -> "Shape":
+    def of(cls, config, dtype: torch.dtype, compute: str = "auto") -> "Shape":
         """Of a transformers config."""
         heads = config.num_attention_heads
         D = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             config.num_hidden_layers, config.hidden_size, heads * D, config.num_key_value_heads * D,
             config.intermediate_size, heads, config.vocab_size, config.model_type == "qwen3", dtype.itemsize,
+            compute == "fp8",
         )  # fmt: skip
 
     def kept(self, M: int, plan: Plan) -> tuple[int, int]:
@@ -76,17 +81,26 @@ class Shape:
 
     def transient(self, M: int, plan: Plan) -> int:
         """The most bytes that a layer's backward holds beside what was kept."""
-        K, Q, N, I = self.hidden, self.queries, self.keys, self.intermediate
-        m = -(-M // plan.chunks)
-        mlp = (0 if plan.gate_up else 2 * m * I) + max(K * I + m * I, 2 * I * K + m * K)
+        K, Q, N, s = self.hidden, self.queries, self.keys, self.itemsize
+        mlp = self._mlp(-(-M // plan.chunks), plan.gate_up)
         if plan.chunks > 1:
-            mlp += 2 * M * K  # the parts of dx, and the whole
+            mlp += 2 * M * K * s  # the parts of dx, and the whole
         qkv = M * (Q + 2 * N)
-        attention = qkv + (0 if plan.qkv else qkv) + 2 * M * Q + max((Q + 2 * N) * K, Q * K) + M * K
-        attention += M * (Q + N) if self.qk_norms else 0
+        attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q + M * K) * s + (Q + 2 * N) * K * (1 if self.fp8 else s)
+        attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
-            mlp += qkv + M * Q + M * K
-        return (max(mlp, attention) + 2 * M * K) * self.itemsize  # x and dy
+            mlp += (qkv + M * Q + M * K) * s
+        return max(mlp, attention) + 2 * M * K * s  # x and dy
+
+    def _mlp(self, m: int, kept: bool) -> int:
+        """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not."""
+        K, I, s = self.hidden, self.intermediate, self.itemsize
+        gate_up, da, n = 2 * m * I * s, m * I * s, m * K * s
+        if not self.fp8:
+            most = gate_up + max(K * I * s + da, 2 * I * K * s + n)
+        else:  # in the last, gate and up are gone
+            most = max(gate_up + da + max(K * I + m * K, n), da + 2 * I * K + n)
+        return most - (gate_up if kept else 0)
 
 
 @dataclass
@@ -135,12 +149,15 @@ def describe(plans: list[Plan]) -> str:
     return ", ".join(f"{count} layer{'s' * (count != 1)} {name}" for count, name in runs)
 
 
-def estimate(model: nn.Module, plans: list[Plan], batch: int, length: int, optimizer: str, dtype: torch.dtype):
+def estimate(
+    model: nn.Module, plans: list[Plan], batch: int, length: int, optimizer: str, dtype: torch.dtype,
+    compute: str = "auto",
+) -> Estimate:  # fmt: skip
     """The Estimate of a step of `batch` x `length` tokens of `model`, with one plan a layer.
 
-    optimizer   a name of FinetuneConfig.optimizer; dtype: what products are computed in
+    optimizer   a name of FinetuneConfig.optimizer; dtype: what is computed in; compute: of `patch`
     """
-    shape, M = Shape.of(model.config, dtype), batch * length
+    shape, M = Shape.of(model.config, dtype, compute), batch * length
     frozen, trained = model_bytes(model)
     layers = [shape.kept(M, plan) for plan in plans]
     held = [stays + (0 if plan.offload else may) for (may, stays), plan in zip(layers, plans, strict=True)]
@@ -156,11 +173,13 @@ def estimate(model: nn.Module, plans: list[Plan], batch: int, length: int, optim
         )
     where = max(peaks, key=lambda name: sum(peaks[name]))
     activations, work = peaks[where]
-    parameters = [p.numel() for p in model.parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    rounded = sum(2 * p.numel() for p in learning if dtype.itemsize == 2 != p.itemsize)  # for products: projection.py
+    parameters = [p.numel() for p in learning]
     return Estimate(
         {
             "weights": frozen,
-            "adapters": trained,
+            "adapters": trained + rounded,
             "gradients": trained,
             "optimizer": sum(_state_bytes(numel, optimizer) for numel in parameters),
             "activations": activations,

@@ -37,8 +37,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass
 class Shared:
-    """What the fused layers of one model share: where they keep, the batch's sequences, and what was said already."""
+    """What the fused layers of one model share: how they multiply, where they keep, the batch's sequences, and what was
+    said already."""
 
+    group: type[Group] = Group
     keeper: Keeper = field(default_factory=Keeper)
     sequences: Sequences = field(default_factory=Sequences)
     said: set[str] = field(default_factory=set)
@@ -192,7 +194,8 @@ class FusedLayer:
         dtype = _compute_dtype(x, found)
         plan = self.plan or PLANS["recompute-all" if self.checkpointed() else "keep"]
         qkv, o, gate_up, down = (
-            Group([found[name] for name in names], dtype) for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
+            self.shared.group([found[name] for name in names], dtype)
+            for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
         )
         heads, key_heads = qkv.sizes[0] // D, qkv.sizes[1] // D
         first = AttentionHalf(

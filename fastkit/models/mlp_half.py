@@ -10,13 +10,14 @@ that of down (see `projection.py`):
 
 Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and through the products:
 
-    da      = dy @ W_d                     down's adapters: from a and dy
-    [dg du] = da through silu(g) * u       written over [g u]
+    da      = dy @ W_d
+    [dg du] = da through silu(g) * u       written over [g u]; and a, over da
+                                           down's adapters: from a and dy
     dn      = [dg du] @ W_gu               gate's and up's adapters: from n and [dg du]
     dx      = dn through the norm + dy     the norm's kernel adds dy; written over dn
 
-What the backward reads is x, rstd, g and u, and a and n, which are computed again from these: a before [g u] is
-overwritten. y itself is in none of it, so the down projection is never computed again.
+What the backward reads is x, rstd, g and u, and a and n, which are computed again from these: a by the kernel that has
+g and u in hand. y itself is in none of it, so the down projection is never computed again.
 
 Kept: x and rstd; g and u unless the plan computes them again, by one product. Under the plan that does not keep x
 either, `again` is asked for it: the first half's forward, whose result x was.
@@ -52,10 +53,10 @@ class MLPHalf(Half):
     def forward(self, x, keep):
         parts, kept = [], {}
         for part in self._chunks(x):
-            n, rstd = pieces.norm(part, self.norm, self.gate_up.dtype)
+            n, rstd = pieces.norm(part, self.norm, self.gate_up.factors)
             hidden = self.gate_up.forward(n)  # [M, 2 I]: g and u
             del n
-            a = pieces.gated(hidden)
+            a = pieces.gated(hidden, self.down.factors)
             if keep and self.plan.gate_up:
                 kept["hidden"] = hidden
             del hidden  # unless kept, before the next product
@@ -89,27 +90,32 @@ class MLPHalf(Half):
         of_gate_up, of_down = needed[: len(self.gate_up.parameters())], needed[len(self.gate_up.parameters()) :]
         inner = x_grad or weight_grad
         if hidden is None:
-            n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)
+            n, _ = pieces.norm(x, self.norm, self.gate_up.factors)
             hidden = self.gate_up.forward(n)
             del n
 
         dy_c = dy.to(self.down.dtype)
-        down_gradients = (
-            self.down.gradients(pieces.gated(hidden), dy_c, of_down) if any(of_down) else [None] * len(of_down)
-        )
-        dhidden = None
-        if inner or any(of_gate_up):
-            dhidden = pieces.gated_backward_(self.down.input_gradient(dy_c), hidden)
+        down_gradients, dhidden, factor = [None] * len(of_down), None, None  # factor: dhidden for the product
+        further, leaves_a = inner or any(of_gate_up), self.gate_up.factors == hidden.dtype
+        if any(of_down) and not (further and leaves_a):
+            down_gradients = self.down.gradients(pieces.gated(hidden, hidden.dtype), dy_c, of_down)
+        if further:
+            da = self.down.input_gradient(dy_c)
+            dhidden, factor = pieces.gated_backward_as_(da, hidden, self.gate_up.factors)
+            if any(of_down) and leaves_a:
+                down_gradients = self.down.gradients(da, dy_c, of_down)  # da holds a by now
+            del da
         del hidden
         gradients = [None] * len(of_gate_up)
         if any(of_gate_up):
             n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)
             gradients = self.gate_up.gradients(n, dhidden, of_gate_up)
             del n
+        del dhidden
         dx = dweight = None
         if inner:
-            dn = self.gate_up.input_gradient(dhidden)
-            del dhidden
+            dn = self.gate_up.input_gradient(factor)
+            del factor
             dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + down_gradients
 

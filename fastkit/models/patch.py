@@ -12,7 +12,8 @@ from fastkit.errors import FastkitError
 from fastkit.models.fused_head import FusedHead, FusedLoss, check_head
 from fastkit.models.fused_layer import MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
 from fastkit.models.plans import Plan, plan_of
-from fastkit.models.projection import Refusal
+from fastkit.models.products import GROUPS, FP8Group, bounds, lacking
+from fastkit.models.projection import Group, Refusal
 from fastkit.ops import rms_norm, swiglu
 
 
@@ -57,7 +58,7 @@ class Report:
 Plans = str | Plan | Sequence[str | Plan] | None
 
 
-def patch(model: nn.Module, plan: Plans = None, layers: bool = True) -> Report:
+def patch(model: nn.Module, plan: Plans = None, layers: bool = True, compute: str = "auto") -> Report:
     """Let `model`, of transformers or peft, learn through fastkit's kernels; only this object changes.
 
     Each decoder layer of Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 becomes two halves with a backward of their own (see
@@ -70,11 +71,14 @@ def patch(model: nn.Module, plan: Plans = None, layers: bool = True) -> Report:
     plan    what layers keep for their backward, of `plans.py`: one for all, or a sequence with one a layer; None:
             everything or, with gradient checkpointing turned on, now or later, their input alone
     layers  False: no layer is fused; all norms and SwiGLU MLPs take their kernels
+    compute what the products of frozen weights run in: "auto", the model's own dtype; "fp8", e4m3 (see `products.py`),
+            on GPUs from sm_89 on, for weights in 4 bits, and without LoRA dropout
     returns what was taken, and what was not and why. A second call takes nothing more.
 
-    Raises FastkitError for an unknown plan, or plans for another number of layers.
+    Raises FastkitError for an unknown plan or compute, plans for another number of layers, and, before anything is
+    taken, for a layer that cannot be computed as asked.
     """
-    shared, report = Shared(), Report()
+    shared, report = Shared(_group(model, compute, layers)), Report()
     plans = iter(_plans(plan, sum(map(is_decoder_layer, model.modules()))))
     within: set[nn.Module] = set()  # modules of fused layers
     for name, module in model.named_modules():
@@ -129,17 +133,44 @@ def _plans(plan: Plans, layers: int) -> list[Plan | None]:
     return [plan_of(one) for one in plan]
 
 
+def _group(model: nn.Module, compute: str, layers: bool) -> type[Group]:
+    """How layers multiply under `compute`, once all of them can."""
+    if compute not in GROUPS:
+        raise FastkitError(f"there is no compute {compute!r}: use one of {', '.join(GROUPS)}")
+    group = GROUPS[compute]
+    if any(layer.shared.group is not group for layer in fused_layers(model)):
+        raise FastkitError(f"the model is patched with another compute than {compute!r}: unpatch it first")
+    if group is FP8Group and not layers:
+        raise FastkitError('compute="fp8" is for fused layers, and layers=False fuses none: leave out one of them')
+    for name, module in model.named_modules():
+        if group is FP8Group and is_decoder_layer(module) and "forward" not in vars(module):
+            _prepare_fp8(module, name)
+    return group
+
+
+def _prepare_fp8(layer: nn.Module, name: str) -> None:
+    """Raise FastkitError if `layer` lacks something for FP8; compute what no step should have to."""
+    try:
+        projections = read_layer(layer).projections
+    except Refusal:
+        return  # it will not be fused
+    for its, projection in projections.items():
+        if why := lacking(projection):
+            raise FastkitError(f'compute="fp8": {name}: {its}: {why}')
+        bounds(projection.weight)
+
+
 def unpatch(model: nn.Module) -> None:
     """Take all that `patch` set off `model` again; all else is as it was, for nothing else was touched."""
     _unpatch(model, keep=set())
 
 
 @contextmanager
-def patched(model: nn.Module, plan: Plans = None) -> Iterator[Report]:
+def patched(model: nn.Module, plan: Plans = None, compute: str = "auto") -> Iterator[Report]:
     """`patch` for the length of a with statement. Parts that were patched before stay so after it."""
     before = {module for module in model.modules() if _is_ours(module) or _has_our_loss(module)}
     try:
-        yield patch(model, plan)
+        yield patch(model, plan, compute=compute)
     finally:
         _unpatch(model, keep=before)
 

@@ -2,6 +2,8 @@
 
 Each runs the launchers of its kernel file where `on_triton` says so, and otherwise that file's torch reference, in
 fp32; its backward then differentiates the reference. The maths stands in the kernel files.
+
+What a product takes is written in the dtype of its factors: a tensor or, in e4m3, FP8Rows.
 """
 
 from collections.abc import Callable
@@ -9,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from fastkit.kernels import rms_norm, rope, swiglu
+from fastkit.kernels import rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
 from fastkit.kernels.attention_backward import launch_backward
 from fastkit.kernels.attention_choice import choose
 from fastkit.kernels.attention_forward import lacking, launch_forward
 from fastkit.kernels.common import architecture, as_rows, on_triton
+from fastkit.kernels.fp8_rows import on_fp8_kernels
+from fastkit.kernels.fp8_scale import FP8
 from fastkit.models.sequences import Packed
-from fastkit.ops import attention, attention_varlen
+from fastkit.ops import attention, attention_varlen, quantize_rows_fp8
 
 
 class Norm(NamedTuple):
@@ -23,6 +27,22 @@ class Norm(NamedTuple):
 
     weight: torch.Tensor
     eps: float
+
+
+class FP8Rows(NamedTuple):
+    """Rows in e4m3 [M, N], each to be multiplied by its scale [M], in fp32."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def empty(cls, M: int, N: int, device: torch.device) -> "FP8Rows":
+        return cls(torch.empty(M, N, dtype=FP8, device=device), torch.empty(M, dtype=torch.float32, device=device))
+
+
+def quantized(x: torch.Tensor) -> FP8Rows:
+    """x [M, N] in FP8."""
+    return FP8Rows(*quantize_rows_fp8(x))
 
 
 def _differentiated(function: Callable, inputs: list, douts: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
@@ -35,8 +55,10 @@ def _differentiated(function: Callable, inputs: list, douts: torch.Tensor | tupl
 # --- RMSNorm
 
 
-def norm(x: torch.Tensor, weight: Norm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y [..., N] in `dtype`, contiguous; rstd [rows] in fp32) of x [..., N]."""
+def norm(x: torch.Tensor, weight: Norm, dtype: torch.dtype) -> tuple[torch.Tensor | FP8Rows, torch.Tensor]:
+    """(y [..., N] in `dtype`, contiguous; rstd [rows] in fp32) of x [..., N], for FP8 [M, N]."""
+    if dtype == FP8:
+        return _norm_fp8(x, weight)
     if on_triton("rms_norm", "x", x):
         rows = as_rows(x)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -46,6 +68,16 @@ def norm(x: torch.Tensor, weight: Norm, dtype: torch.dtype) -> tuple[torch.Tenso
     rows = x.float()
     rstd = torch.rsqrt(rows.square().mean(-1) + weight.eps).flatten()
     return rms_norm.reference(rows, weight.weight, weight.eps).to(dtype), rstd
+
+
+def _norm_fp8(x: torch.Tensor, weight: Norm) -> tuple[FP8Rows, torch.Tensor]:
+    if not on_fp8_kernels("rms_norm_fp8", x):
+        y, rstd = norm(x, weight, torch.float32)
+        return quantized(y), rstd
+    rows, y = as_rows(x), FP8Rows.empty(*x.shape, x.device)
+    rstd = torch.empty_like(y.scale)
+    rms_norm_fp8.launch(rows, weight.weight, weight.eps, *y, rstd)
+    return y, rstd
 
 
 def norm_backward(
@@ -70,23 +102,29 @@ def norm_backward(
 # --- RoPE
 
 
-def rotate_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> None:
-    """Turn q [B, H, T, D] and k [B, H_k, T, D] in place by cos and sin [B or 1, T, R], or back by them.
+def rotate_(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Turn q [B, H, T, D] and k [B, H_k, T, D] by cos and sin [B or 1, T, R], or back by them, in place or `into` two.
 
     Back is also the backward: of dq and dk."""
+    into = into or (q, k)
     if on_triton("rope", "q", q):
-        rope.launch(q, k, cos, sin, q, k, inverse=inverse)
+        rope.launch(q, k, cos, sin, *into, inverse=inverse)
         return
-    for x, turned in zip((q, k), rope.reference(q, k, cos, -sin if inverse else sin), strict=True):
+    for x, turned in zip(into, rope.reference(q, k, cos, -sin if inverse else sin), strict=True):
         x.copy_(turned)
 
 
 # --- SwiGLU
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [M, N], of gate_up [M, 2 N]."""
+def gated(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | FP8Rows:
+    """silu(gate) * up [M, N], of gate_up [M, 2 N]; dtype: gate_up's, or FP8."""
     gate, up = gate_up.chunk(2, 1)
+    if dtype == FP8:
+        return _gated_fp8(gate, up)
     if not on_triton("swiglu", "gate", gate):
         return swiglu.reference(gate, up)
     a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -95,14 +133,36 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gated_backward_(da: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """dgate and dup [M, 2 N], given da [M, N], written over gate_up."""
+    """dgate and dup [M, 2 N], given da [M, N], written over gate_up; and silu(gate) * up, written over da."""
     gate, up = gate_up.chunk(2, 1)
     if on_triton("swiglu", "gate", gate):
-        swiglu.launch_backward(da, gate, up, gate, up)
+        swiglu.launch_backward(da, gate, up, gate, up, da)
     else:
-        for x, dx in zip((gate, up), _differentiated(swiglu.reference, [gate, up], da), strict=True):
-            x.copy_(dx)
+        a, dgate_up = swiglu.reference(gate, up), _differentiated(swiglu.reference, [gate, up], da)
+        for x, written in zip((gate, up, da), (*dgate_up, a), strict=True):
+            x.copy_(written)
     return gate_up
+
+
+def gated_backward_as_(
+    da: torch.Tensor, gate_up: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | FP8Rows]:
+    """`gated_backward_`, and its result in `dtype` too: gate_up's, or FP8; then nothing is promised of da."""
+    if dtype != FP8:
+        return (gated_backward_(da, gate_up),) * 2
+    gate, up = gate_up.chunk(2, 1)
+    if not on_fp8_kernels("swiglu_fp8", gate):
+        return gated_backward_(da, gate_up), quantized(gate_up)
+    scale = torch.empty(len(gate), dtype=torch.float32, device=gate.device)
+    return gate_up, FP8Rows(swiglu_fp8.launch_backward(da, gate, up, scale), scale)
+
+
+def _gated_fp8(gate: torch.Tensor, up: torch.Tensor) -> FP8Rows:
+    if not on_fp8_kernels("swiglu_fp8", gate):
+        return FP8Rows(*swiglu_fp8.reference(gate, up))
+    a = FP8Rows.empty(*gate.shape, gate.device)
+    swiglu_fp8.launch_forward(gate, up, *a)
+    return a
 
 
 # --- attention
@@ -148,14 +208,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attend) -
 
 def attend_backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, options: Attend,
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor],
 ) -> None:  # fmt: skip
-    """Write dq, dk and dv, shaped as q, k and v, given do [B, H, T, D]. Same rule for strides."""
+    """Write dq, dk and dv, shaped as q, k and v, given do [B, H, T, D]; dq and dk turned back by `table`, cos and sin.
+
+    Same rule for strides."""
     backend, o, rest = attended
     if backend == "ours":
         rows = [_rows(x, options.packed) for x in (do, q, k, v, o)]
         grads = [_rows(x, options.packed) for x in (dq, dk, dv)]
         launch_backward(*rows, *rest, *grads, **_lengths(options))
+        rotate_(dq, dk, *table, inverse=True)
         return
     if backend == "cudnn":
         lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
@@ -169,8 +232,8 @@ def attend_backward(
         )
     else:
         found = _differentiated(lambda q, k, v: _by_torch(q, k, v, options), [q, k, v], do)
-    for dx, one in zip((dq, dk, dv), found, strict=True):
-        dx.copy_(one)
+    rotate_(*found[:2], *table, inverse=True, into=(dq, dk))
+    dv.copy_(found[2])
 
 
 def _backend(q, k, v, options: Attend) -> str:

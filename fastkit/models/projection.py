@@ -23,14 +23,13 @@ z_i = x * mask_i / (1 - p), where mask_i is drawn anew from its own seed whereve
 
 and z_i for x in dA_i and dB_i.
 
-Casts: W, x, y and dx have the compute dtype. The adapters keep theirs: 4-bit weights are merged in fp32 and rounded
-once; dense weights, and the two products of dropout, take adapters rounded to the compute dtype. dA and dB have the
-dtypes of A and B.
+Casts: W, x, y and dx have the compute dtype. Adapters in fp32 are rounded to it where it has 16 bits, once a pass, as
+autocast does with peft's; 4-bit weights are merged in fp32 and rounded once. dA and dB have the dtype of the adapters.
 """
 
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ class Projection:
 
     def merged(self, dtype: torch.dtype, with_adapters: bool, out: torch.Tensor | None) -> torch.Tensor:
         """The weight, with the adapters or without, in `dtype`; in `out` if that is given."""
-        A, B, scaling = self._stacked() if with_adapters else (None, None, 1.0)
+        A, B, scaling = self.stacked() if with_adapters else (None, None, 1.0)
         if isinstance(self.weight, NF4Weight):
             return merged_dequantize(self.weight, A, B, scaling, dtype=dtype, out=out)
         weight = self.weight.detach().to(dtype)
@@ -73,7 +72,7 @@ class Projection:
             return weight if out is None else out.copy_(weight)
         return torch.addmm(weight, B.detach().to(dtype), A.detach().to(dtype), alpha=scaling, out=out)
 
-    def _stacked(self):
+    def stacked(self) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         """(A, B, scaling) of all adapters as one, of the sum of their ranks."""
         if not self.adapters:
             return None, None, 1.0
@@ -87,15 +86,17 @@ class Group:
     """Projections of one input, for one forward pass and its backward.
 
     x is [M, K] and y [M, N], both of the compute dtype and contiguous in a row. Draws the seeds of dropout from torch's
-    generator, so that torch.manual_seed fixes them.
+    generator, so that torch.manual_seed fixes them. `products.py` has one that multiplies in FP8.
 
+    factors what x and dy are best given in to be multiplied: the compute dtype, here
     chunk   which part of the tokens x holds, where they come in parts: each has a mask of dropout of its own
     """
 
     chunk = 0
 
     def __init__(self, projections: list[Projection], dtype: torch.dtype):
-        self.projections, self.dtype = projections, dtype
+        self.trained = [tensor for p in projections for adapter in p.adapters for tensor in adapter[:2]]
+        self.projections, self.dtype, self.factors = _rounded(projections, self.trained, dtype), dtype, dtype
         self.sizes = [p.weight.shape[0] for p in projections]
         self.adapters = [(i, adapter) for i, p in enumerate(projections) for adapter in p.adapters]
         self.dropout = any(adapter.dropout for _, adapter in self.adapters)
@@ -103,7 +104,7 @@ class Group:
 
     def parameters(self) -> list[torch.Tensor]:
         """A and B of each adapter, in the order of `gradients`."""
-        return [tensor for _, adapter in self.adapters for tensor in adapter[:2]]
+        return self.trained
 
     def weight(self) -> torch.Tensor:
         """W [N, K], merged unless there is dropout."""
@@ -147,10 +148,13 @@ class Group:
         pieces = [(dys[self.adapters[j][0]], *self.adapters[j][1][:3]) for j in wanted]
         if self.dropout:
             inputs = [self._dropped(x, j)[0] for j in wanted]
-            each = [lora_gradients(z, *([part] for part in piece)) for z, piece in zip(inputs, pieces, strict=True)]
+            each = [
+                lora_gradients(z, *([part] for part in piece), self.trained[0].dtype)
+                for z, piece in zip(inputs, pieces, strict=True)
+            ]
             dAs, dBs = ([pair[side][0] for pair in each] for side in (0, 1))
         else:
-            dAs, dBs = lora_gradients(x, *zip(*pieces, strict=True))
+            dAs, dBs = lora_gradients(x, *zip(*pieces, strict=True), self.trained[0].dtype)
         for j, dA, dB in zip(wanted, dAs, dBs, strict=True):
             found[2 * j] = dA if needed[2 * j] else None
             found[2 * j + 1] = dB if needed[2 * j + 1] else None
@@ -181,6 +185,22 @@ class Group:
         generator = torch.Generator(x.device).manual_seed(self.seeds[j] + self.chunk)
         mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).mul_(1 / (1 - p))
         return x * mask, mask
+
+
+def _rounded(projections: list[Projection], trained: list[torch.Tensor], dtype: torch.dtype) -> list[Projection]:
+    """`projections` with adapters in a 16-bit `dtype`: copies, each A behind the one before, as each B."""
+    if dtype.itemsize != 2 or all(tensor.dtype == dtype for tensor in trained):
+        return projections
+    order = [*trained[::2], *trained[1::2]]
+    flat = torch.empty(sum(t.numel() for t in order), dtype=dtype, device=trained[0].device)
+    views = [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in order]), order, strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(views, order)
+    copies = zip(views[: len(views) // 2], views[len(views) // 2 :], strict=True)
+    return [
+        replace(p, adapters=tuple(a._replace(A=A, B=B) for a, (A, B) in zip(p.adapters, copies, strict=False)))
+        for p in projections
+    ]
 
 
 def read(module: nn.Module) -> Projection:

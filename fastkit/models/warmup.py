@@ -86,6 +86,7 @@ def warm_up(
     rank: int = 16,
     dropout: float = 0.0,
     plans: Sequence[str] = ALL,
+    compute: str = "auto",
     every_length: bool = True,
     device: str = "auto",
     dtype: str = "auto",
@@ -97,6 +98,7 @@ def warm_up(
         batch, seq: records of a forward pass, and tokens of the longest.
         rank, dropout: of the adapters.
         plans: names of `plans.PLANS`, and "off" for layers that are not fused.
+        compute: of fused layers, as in `patch`.
         every_length: False for batches of that one shape alone.
         device, dtype: as in `load`; without a GPU the steps run, and compile nothing.
 
@@ -113,7 +115,7 @@ def warm_up(
     steps = 0
     with compilations() as found:
         if fused:
-            with patched(net, fused[0]):
+            with patched(net, fused[0], compute):
                 with deciding("timed"):
                     steps += _steps(net, dtype, [(batch, seq)])
                 with deciding("ours"):  # cuDNN would make a plan of its own for each length

@@ -15,29 +15,20 @@ and hf-keep, liger-keep and unsloth-keep, which recompute nothing.
 
 import importlib.util
 import json
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from fastkit.errors import FastkitError
 from fastkit.models import add_lora, load
-from fastkit.models.bnb import bnb
-from fastkit.models.load import first_line, resolve_device, resolve_dtype
+from fastkit.models.load import first_line, resolve_device
 from fastkit.models.lora import PROJECTIONS
 from fastkit.models.shapes import SHAPES
-from fastkit.train import processes, sharding
-from fastkit.train.flat import Flat
-
-LEARNING_RATE = 2e-4
-PROFILED = 3  # steps
+from fastkit.train import processes
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,7 @@ class Settings:
     checkpoint  a folder with the weights, for contenders that load them by themselves
     processes   ours: each on a GPU of its own with `batch` sequences a step, started by torchrun
     strategy    of several processes: "ddp", or "fsdp2" with AdamW in fp32
+    graphs      ours: whether forward and backward are launched as one CUDA graph (see `models/graphs.py`)
     """
 
     who: str
@@ -71,6 +63,7 @@ class Settings:
     checkpoint: str | None = None
     processes: int = 1
     strategy: str = "ddp"
+    graphs: bool = False
 
     @property
     def random(self) -> bool:
@@ -146,11 +139,15 @@ def _ours(settings: Settings, dtype: torch.dtype):
 
     model = add_lora(_loaded(settings), rank=settings.rank, seed=settings.seed)
     expected = _estimate(settings, model, dtype)
-    asked = {"compute": "fp8"} if settings.compute == "fp8" else {}
-    report = patch(model, expected.plans, **asked)
+    report = patch(model, expected.plans, compute=_compute(settings))
     if report.left or not report.layers:
         raise FastkitError(f"not all of {settings.shape} is fused: {report}")
     return model, {"layers": describe(expected.plans), "estimated_gib": expected.peak / 2**30}
+
+
+def _compute(settings: Settings) -> str:
+    """Of `patch`; "bf16" has been found to be what the model computes in."""
+    return "fp8" if settings.compute == "fp8" else "auto"
 
 
 def _estimate(settings: Settings, model, dtype: torch.dtype):
@@ -159,16 +156,16 @@ def _estimate(settings: Settings, model, dtype: torch.dtype):
     from fastkit.models.estimate import estimate
     from fastkit.models.plans import plan_of
 
-    step = settings.batch, settings.seq, "adamw8bit", dtype
+    step, compute = (settings.batch, settings.seq, "adamw8bit", dtype), _compute(settings)
     if settings.plan != "auto":
-        return estimate(model, [plan_of(settings.plan)] * model.config.num_hidden_layers, *step)
+        return estimate(model, [plan_of(settings.plan)] * model.config.num_hidden_layers, *step, compute)
     room = settings.budget_gib or settings.limit_gib
     if room is None:
         device = resolve_device(settings.device)
         if device.type == "cpu":
             raise FastkitError("--plan auto on a CPU needs a --budget")
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
-    return choose(model, int(room * 2**30), *step)
+    return choose(model, int(room * 2**30), *step, compute=compute)
 
 
 CONTENDERS = {
@@ -180,130 +177,6 @@ CONTENDERS = {
     "unsloth-keep": Contender(lambda s, dtype: _unsloth(s, dtype, False), "unsloth", "import unsloth"),
     "ours": Contender(_ours),
 }
-
-
-class Run:
-    """A contender's model, ready for its steps."""
-
-    def __init__(self, settings: Settings):
-        self.settings, self.device = settings, resolve_device(settings.device)
-        processes.join(self.device)
-        self.dtype = resolve_dtype("auto", self.device)
-        model, self.told = CONTENDERS[settings.who].make(settings, self.dtype)
-        self.vocabulary = model.config.vocab_size
-        self.model = model.train()
-        if self._is_sharded():
-            sharding.shard(self.model)
-            self.told["estimated_gib"] = None  # which is of a whole model
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer()
-        if settings.processes > 1 and not self._is_sharded():
-            self.model = DistributedDataParallel(self.model)
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
-
-    def _is_sharded(self) -> bool:
-        return self.settings.processes > 1 and self.settings.strategy == "fsdp2"
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        if self.settings.who != "ours":
-            return bnb.optim.AdamW8bit(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
-        if self._is_sharded():
-            return torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        flat = Flat(self.trained)  # as in our trainer
-        return flat.attach(bnb.optim.AdamW8bit([flat.parameter], lr=LEARNING_RATE, weight_decay=0.0))
-
-    def batches(self) -> Iterator[torch.Tensor]:
-        """Token ids [batch, seq], without end, the same for every contender; other ones in each process."""
-        generator = torch.Generator().manual_seed(self.settings.seed + processes.number())
-        size = self.settings.batch, self.settings.seq
-        while True:
-            yield torch.randint(self.vocabulary, size, generator=generator).to(self.device)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch."""
-        with self.autocast:
-            return self.model(input_ids=ids, labels=ids).loss
-
-    def update(self) -> None:
-        """The optimizer's part of a step."""
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-    def step(self, ids: torch.Tensor) -> tuple[float, float]:
-        """(seconds by the wall clock between two waits for the device, the loss) of a step."""
-        self.synchronize()
-        start = time.perf_counter()
-        loss = self.forward(ids)
-        loss.backward()
-        self.update()
-        self.synchronize()
-        return time.perf_counter() - start, loss.item()
-
-    def link(self) -> dict:
-        """What joins several GPUs, and how fast they add up 256 MiB: GB/s that each sends (NCCL's bus bandwidth)."""
-        if self.settings.processes == 1 or self.device.type != "cuda":
-            return {}
-        from fastkit.lab.monitor import link
-
-        x = torch.ones(2**26, device=self.device)
-        dist.all_reduce(x)
-        self.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            dist.all_reduce(x)
-        self.synchronize()
-        seconds, n = (time.perf_counter() - start) / 20, self.settings.processes
-        return {"link": link(0, 1), "all_reduce_gbps": 2 * (n - 1) / n * x.nbytes / seconds / 1e9}
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def measure(settings: Settings) -> dict:
-    """{"row": times of a contender's steps, its losses and its memory, "stages": for ours, where a step's time goes}.
-
-    Memory is torch's peak from the first step on, the warm-up's included; the allocator starts empty but for the model.
-    CUDA's own context is not in it. Where the stages cannot be had, a text says why.
-    """
-    from fastkit.lab.monitor import Monitor
-    from fastkit.train.bench_stages import stages
-
-    run = Run(settings)
-    cuda = run.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(run.device)
-        loaded_gib = torch.cuda.memory_allocated(run.device) / 2**30
-    batches = run.batches()
-    first = [run.step(next(batches)) for _ in range(settings.warmup)]
-    with Monitor(interval_s=0.25) as monitor:
-        timed = [run.step(next(batches)) for _ in range(settings.steps)]
-    seconds, losses = [spent for spent, _ in timed], [loss for _, loss in first + timed]
-    tokens = settings.batch * settings.seq * settings.processes
-    row = {
-        "median_ms": 1e3 * statistics.median(seconds),
-        "fastest_ms": 1e3 * min(seconds),
-        "slowest_ms": 1e3 * max(seconds),
-        "tokens_per_second": tokens / statistics.median(seconds),
-        "loaded_gib": loaded_gib if cuda else None,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated(run.device) / 2**30 if cuda else None,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved(run.device) / 2**30 if cuda else None,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "trained": sum(p.numel() for p in run.trained),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "watched": str(monitor),
-        **run.told,
-        **run.link(),
-    }
-    try:
-        alone = settings.who == "ours" and settings.processes == 1
-        found = stages(run, batches, PROFILED) if alone else None
-    except (RuntimeError, FastkitError) as error:  # a GPU that may not be profiled, memory that does not suffice
-        found = first_line(error)
-    return {"row": row, "stages": found}
 
 
 def save_checkpoint(settings: Settings) -> dict:
@@ -328,6 +201,7 @@ def save_checkpoint(settings: Settings) -> dict:
 
 def carry_out(settings: Settings) -> dict:
     """What the process of `settings` was started for; {"failed": why} if it cannot be done."""
+    from fastkit.train.bench_run import measure
     from fastkit.train.bench_stages import card_facts
 
     settings = replace(settings, device=processes.device_of(settings.device))

@@ -3,10 +3,10 @@
 A few steps run under torch.profiler. Marks divide each into stages: forward (embedding and layers), loss (from the
 layers' output to its gradient), backward (the layers again), optimizer. Within these, the pieces of which layers are
 made tell what they are: products, merging (the weights' dequantization, with the adapters), adapters (their gradients),
-attention, elementwise (norms, RoPE, SwiGLU); and other. On a GPU a kernel counts where it was launched, for as long as
-it ran, however late; what it runs beside the main stream (copies to and from the host) is told apart. What is left of
-the step as it was timed, without the profiler, are gaps, in which the GPU waits for work. On a CPU the time itself is
-divided.
+attention, elementwise (norms, RoPE, SwiGLU), quantizing (to FP8, in passes of its own); and other. On a GPU a kernel
+counts where it was launched, for as long as it ran, however late; what it runs beside the main stream (copies to and
+from the host) is told apart. What is left of the step as it was timed, without the profiler, are gaps, in which the GPU
+waits for work. On a CPU the time itself is divided.
 
 The floor of a stage's part is its least work, nothing computed again, at the card's measured rates: products at
 cuBLAS's rate in that dtype, all else by the bytes of its kernel's declared cost at the speed of a copy; attention as
@@ -30,22 +30,26 @@ from fastkit.errors import FastkitError
 from fastkit.kernels import adamw, linear_cross_entropy, lora, merged_dequantize, rms_norm, rope, swiglu
 from fastkit.kernels.common import Cost
 from fastkit.models import pieces
+from fastkit.models.products import FP8Group
 from fastkit.models.projection import Group
 
 STAGE, PART = "fastkit stage: ", "fastkit part: "
 STAGES = ("forward", "loss", "backward", "optimizer")
 END, OTHER, BESIDE, UNKNOWN = "end", "other", "beside", "unknown"
 PARTS = {  # what of a layer runs as what
-    "products": ((Group, "forward"), (Group, "input_gradient")),
-    "merging": ((Group, "weight"),),
+    "products": tuple((owner, name) for owner in (Group, FP8Group) for name in ("forward", "input_gradient")),
+    "merging": ((Group, "weight"), (FP8Group, "weight_fp8")),
     "adapters": ((Group, "gradients"),),
     "attention": ((pieces, "attend"), (pieces, "attend_backward")),
-    "elementwise": tuple((pieces, name) for name in ("norm", "norm_backward", "rotate_", "gated", "gated_backward_")),
+    "elementwise": tuple(
+        (pieces, name) for name in ("norm", "norm_backward", "rotate_", "gated", "gated_backward_as_")
+    ),
+    "quantizing": ((pieces, "quantized"),),
 }
 
 
 def stages(run, batches: Iterator[torch.Tensor], steps: int) -> list[dict]:
-    """Rows of {stage, part, ms}, a step's mean over `steps` steps of `run`, a bench_contenders.Run.
+    """Rows of {stage, part, ms}, a step's mean over `steps` steps of `run`, a bench_run.Run.
 
     Raises FastkitError where the profiler saw no kernel of a GPU.
     """

@@ -60,6 +60,7 @@ class TrainBenchConfig:
         metadata={"help": "processes of ours under torchrun, a GPU and --batch sequences each; or several"},
     )
     strategy: Literal["ddp", "fsdp2"] = flag("ddp", "of several processes, as in finetune; fsdp2 with AdamW in fp32")
+    graphs: bool = flag(False, "ours also with forward and backward as one CUDA graph, for plans that do not offload")
     limit: str | None = flag(None, "what torch may take of the GPU's memory in each process, such as 7.2GiB")
     time_limit: float = flag(900.0, "seconds that one contender may take")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
@@ -116,12 +117,11 @@ class TrainBenchConfig:
         shared = {
             name: getattr(self, name) for name in ("shape", "batch", "seq", "rank", "steps", "warmup", "device", "seed")
         }
-        shared["limit_gib"] = limit_gib
+        shared |= {"limit_gib": limit_gib, "strategy": self.strategy}
         others = [Settings(who, **shared) for who in self.others()]
         return others + [
-            Settings(
-                "ours", plan=plan, compute=compute, budget_gib=budget, processes=count, strategy=self.strategy, **shared
-            )
+            Settings("ours", **shared, plan=plan, compute=compute, budget_gib=budget, processes=count, graphs=graphs)
+            for graphs in ([False, True] if self.graphs else [False])
             for count in self.processes
             for compute in self.compute
             for plan in self.plans()
@@ -137,7 +137,7 @@ def gib(size: str) -> float:
 def bench(config: TrainBenchConfig) -> tuple[list[dict], list[dict], list[str]]:
     """(a row each contender, a row each part of each stage of ours, notes).
 
-    A contender's row has who, plan, compute, what bench_contenders.measure says, and failed: None, or why there is
+    A contender's row has who, plan, compute, what bench_run.measure says, and failed: None, or why there is
     nothing else in it. Notes name a contender whose first loss is another than the first one's: it computes something
     else. Raises FastkitError for a setting that cannot work.
     """
@@ -182,9 +182,10 @@ def label(settings: Settings) -> str:
     """A contender's name in tables."""
     if settings.who != "ours":
         return settings.who
-    budget = f" {settings.budget_gib:g} GiB" if settings.budget_gib else ""
-    several = f", {settings.processes} x {settings.strategy}" if settings.processes > 1 else ""
-    return f"ours, {settings.plan}{budget}" + (f", {settings.compute}" if settings.compute == "fp8" else "") + several
+    told = [settings.plan + (f" {settings.budget_gib:g} GiB" if settings.budget_gib else "")]
+    told += ["fp8"] * (settings.compute == "fp8")
+    told += [f"{settings.processes} x {settings.strategy}"] * (settings.processes > 1) + ["graph"] * settings.graphs
+    return ", ".join(["ours", *told])
 
 
 def _as(settings: Settings, who: str, checkpoint: Path | None) -> Settings:

@@ -173,7 +173,7 @@ def learn(config: SameLearningConfig, plan: str | None, batches: Steps | None = 
     batches = batches or Steps(config, tokenizer, getattr(model.config, "max_position_embeddings", None))
     model = add_lora(model, rank=config.rank, seed=config.seed).train()
     if plan is not None:
-        report = patch(model, plan, **({} if config.compute == "auto" else {"compute": config.compute}))
+        report = patch(model, plan, compute=config.compute)
         if report.left or not report.layers:
             raise FastkitError(f"not all of {config.model} is fused: {report}")
     trained = [p for p in model.parameters() if p.requires_grad]

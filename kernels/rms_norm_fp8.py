@@ -1,0 +1,96 @@
+"""RMSNorm that writes its rows in FP8, each with a scale of its own, for a product that takes them so.
+
+Forward, with x, weight, rstd and y as in `rms_norm.py`, x8 and scale as in `fp8_rows.py`:
+
+    y     = weight * x * rstd
+    scale = max |y| / 448  =  rstd * max |weight * x| / 448
+    y8    = round(y / scale)
+
+rstd is one number a row and positive, so one walk along the row finds both its sum of squares and its largest number. y
+itself is never stored: 3 bytes a number move where norm and quantization, apart, move 7.
+
+There is no backward here. That of y8 is taken to be y's, `rms_norm.launch_backward`, which needs x and rstd alone.
+
+Casts: as in `rms_norm.py`, but y is rounded once, to e4m3.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from fastkit.kernels import fp8_rows, rms_norm
+from fastkit.kernels.common import Cost, device_of, fp32, tl, triton
+from fastkit.kernels.fp8_rows import check_fp8, row_scale
+from fastkit.kernels.fp8_scale import FP8
+from fastkit.kernels.rms_norm import row_tiling
+
+
+def cost(M: int, N: int, dtype=torch.bfloat16) -> Cost:
+    """The least work for M rows of N numbers, x and weight of `dtype`: read both, write y8, scale and rstd."""
+    return Cost(M * N * (dtype.itemsize + 1) + N * dtype.itemsize + 8 * M, 7 * M * N)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y8 [M, N], scale [M]) of x [M, N] in plain torch, with the same casts."""
+    return fp8_rows.reference(rms_norm.reference(x.float(), weight, eps))
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, weight_ptr, y8_ptr, scale_ptr, rstd_ptr,
+    M, N, stride_xm, stride_y8m, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+):  # fmt: skip
+    """One program writes BLOCK_M rows, BLOCK_N columns at a time."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]; * stride can pass 2**31
+    in_rows = rows < M
+    x_rows, y8_rows = x_ptr + rows[:, None] * stride_xm, y8_ptr + rows[:, None] * stride_y8m
+
+    sum_sq, largest = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    for block in range(BLOCKS_N):
+        cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        mask = in_rows[:, None] & (cols < N)[None, :]
+        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)  # [BLOCK_N]
+        sum_sq += tl.sum(x * x, axis=1)
+        largest = tl.maximum(largest, tl.max(tl.abs(x * weight[None, :]), axis=1))
+    rstd = tl.rsqrt(sum_sq / N + fp32(eps))
+    scale, inverse = row_scale(largest * rstd)
+
+    for block in range(BLOCKS_N):
+        cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = in_rows[:, None] & (cols < N)[None, :]
+        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        y = x * rstd[:, None] * weight[None, :]
+        tl.store(y8_rows + cols[None, :], (y * inverse[:, None]).to(y8_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=in_rows)  # after the walk, as in fp8_rows.py
+    tl.store(scale_ptr + rows, scale, mask=in_rows)
+
+
+def launch(x, weight, eps: float, y8, scale, rstd, **tiling) -> None:
+    """Write y8 [M, N], scale and rstd [M] (fp32), given x [M, N]. Rows may be any stride apart.
+
+    `tiling` overrides those of `row_tiling`. Raises NotImplementedError where there is no FP8.
+    """
+    check_fp8("rms_norm_fp8", x.device)
+    M, N = x.shape
+    if M == 0:
+        return
+    tiling = row_tiling(N) | tiling
+    with device_of(x):
+        _norm_kernel[(-(-M // tiling["BLOCK_M"]),)](
+            x, weight, y8, scale, rstd, M, N, x.stride(0), y8.stride(0), eps, **tiling
+        )
+
+
+def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
+    M, empty = 8192, functools.partial(torch.empty, device="meta")  # 4 sequences of 2,048 tokens
+    return {  # Mistral-7B and Llama-2-7B; Llama-2-13B
+        f"norm {M}x{N}": functools.partial(
+            launch, empty(M, N, dtype=dtype), empty(N, dtype=dtype), 1e-6, empty(M, N, dtype=FP8), empty(M), empty(M)
+        )
+        for N in (4096, 5120)
+    }
