@@ -120,7 +120,7 @@ def quantize_rows_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.dim() != 2:
         raise ValueError(f"quantize_rows_fp8: x has shape {tuple(x.shape)}; give a matrix [M, N]")
     if x.numel() == 0 or not on_fp8_kernels("quantize_rows_fp8", x):
-        return reference(x) if x.numel() else (x.to(FP8), x.new_zeros(len(x), dtype=torch.float32))
+        return reference(x.detach()) if x.numel() else (x.to(FP8), x.new_zeros(len(x), dtype=torch.float32))
     x, x8 = as_rows(x), torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     launch(x, x8, scale)

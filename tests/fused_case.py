@@ -70,6 +70,14 @@ def table(model, T, dtype=torch.float32):
     return tuple(x.to(dtype) for x in rotary(torch.zeros(1, device=device), torch.arange(T, device=device)[None]))
 
 
+def window_mask(arch, T, device):
+    """What transformers gives the first layer of a WINDOWED `arch`; None where that layer has no window."""
+    if arch != "mistral":
+        return None
+    behind = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return ((behind >= 0) & (behind < WINDOWED[arch]["sliding_window"]))[None, None]
+
+
 def run_layer(model, x, dy, mask=None, x_grad=True):
     """The first layer's y and its gradients, by name: of x and of every parameter that requires one."""
     layer = layers_of(model)[0]

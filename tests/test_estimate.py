@@ -1,5 +1,6 @@
 """The estimate of a step's memory, and the plans that a budget buys."""
 
+import gc
 import types
 
 import pytest
@@ -116,7 +117,7 @@ def test_what_is_no_amount_is_refused(text):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute", ["auto", "fp8"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, compute, fresh_seed):
+def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, compute, fresh_seed, monkeypatch):
     if compute == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this card has no FP8")
     from bitsandbytes.optim import AdamW8bit
@@ -124,9 +125,10 @@ def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, compute, fr
     from fastkit.models import add_lora, load
     from fastkit.models.patch import patch
 
+    gc.collect()  # a patched model is a cycle
+    before = torch.cuda.memory_allocated()
+    monkeypatch.setitem(SHAPES, "mistral-7b", {**SHAPES["mistral-7b"], "num_hidden_layers": 6})
     base, _ = load("mistral-7b", random_weights=True, device="cuda", dtype="bf16")
-    del base.model.layers[6:]
-    base.config.num_hidden_layers = 6
     torch.cuda.empty_cache()
     model = add_lora(base, rank=16).train()
     assert patch(model, plan, compute=compute).layers == 6
@@ -138,5 +140,5 @@ def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, compute, fr
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    measured = torch.cuda.max_memory_allocated()
+    measured = torch.cuda.max_memory_allocated() - before
     assert abs(expected.peak - measured) <= 0.05 * measured, f"{expected}\nmeasured {measured / 2**30:.2f} GiB"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fused_case import BATCH, WINDOWED, batch, fused, in_float64, model_of, run_layer, step
+from fused_case import BATCH, WINDOWED, batch, fused, in_float64, model_of, run_layer, step, window_mask
 from test_trainer import inputs, train  # noqa: F401  a fixture
 from tiny import ARCHITECTURES, SHAPE
 
@@ -153,15 +153,15 @@ def layer_inputs(B=2, T=13, dtype=torch.float32, device="cpu"):
     return (torch.randn(B, T, SHAPE["hidden_size"], device=device).to(dtype) for _ in range(2))
 
 
-def check_layer(model, x, dy, plan="keep"):
+def check_layer(model, x, dy, plan="keep", mask=None):
     """Errors of y and x are of what the halves add to the residual stream; a gradient sees up to seven products."""
-    ours = run_layer(fused(model, plan, "fp8"), x, dy)
+    ours = run_layer(fused(model, plan, "fp8"), x, dy, mask)
     emulating = fused(model, plan)
     for layer in fused_layers(emulating):
         layer.shared.group = Emulated
-    emulation = run_layer(emulating, x, dy)
-    plain = run_layer(fused(model, plan), x, dy)
-    truth = run_layer(in_float64(model), x.double(), dy.double())
+    emulation = run_layer(emulating, x, dy, mask)
+    plain = run_layer(fused(model, plan), x, dy, mask)
+    truth = run_layer(in_float64(model), x.double(), dy.double(), mask)
     assert ours.keys() == truth.keys()
     for name in truth:
         stream = {"y": x, "x": dy}.get(name, torch.zeros(())).double()
@@ -187,7 +187,7 @@ def test_a_layer_through_the_interpreted_kernels(folder, fresh_seed):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_layer_on_a_gpu(folder, fresh_seed, arch, plan):
     model = model_of(folder, arch, device="cuda", dtype="bf16", **WINDOWED.get(arch, {}))
-    check_layer(model, *layer_inputs(T=151, dtype=torch.bfloat16, device="cuda"), plan=plan)
+    check_layer(model, *layer_inputs(T=151, dtype=torch.bfloat16, device="cuda"), plan, window_mask(arch, 151, "cuda"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
@@ -327,7 +327,9 @@ def test_fp8_needs_less_memory_and_less_time(plan):
     plain, fp8 = (Shape(32, 4096, 4096, 1024, 14336, 32, 32000, False, 2, fp8) for fp8 in (False, True))
     for M in (512, 8192):
         assert fp8.kept(M, PLANS[plan]) == plain.kept(M, PLANS[plan])
-        assert fp8.transient(M, PLANS[plan]) < plain.transient(M, PLANS[plan])
+        fewer, as_many = fp8.transient(M, PLANS[plan]), plain.transient(M, PLANS[plan])
+        attention_needs_most = PLANS[plan].gate_up or PLANS[plan].chunks > 1
+        assert fewer < as_many or (attention_needs_most and fewer == as_many)
         if not PLANS[plan].offload:  # there is less to hide copies behind
             assert budget.cost_seconds(fp8, M, PLANS[plan]) == budget.cost_seconds(plain, M, PLANS[plan]) / 2
 

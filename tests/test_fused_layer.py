@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fused_case import WINDOWED, batch, fused, in_float64, layers_of, model_of, run_layer, table
+from fused_case import WINDOWED, batch, fused, in_float64, layers_of, model_of, run_layer, table, window_mask
 from tiny import ARCHITECTURES, SHAPE
 from tolerance import assert_as_close_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,10 +115,7 @@ def check_16_bits(ours, theirs, exact, x, dy, mask=None):
 def test_bf16_on_a_gpu_is_as_close_as_transformers(folder, fresh_seed, arch, plan):
     model = model_of(folder, arch, device="cuda", dtype="bf16", **WINDOWED.get(arch, {}))
     x, dy = (t.to("cuda", torch.bfloat16) for t in inputs(B=2, T=150))
-    mask = None
-    if arch == "mistral":  # its first layer has a window, of which transformers tells by a mask
-        behind = torch.arange(150, device="cuda")[:, None] - torch.arange(150, device="cuda")
-        mask = ((behind >= 0) & (behind < WINDOWED[arch]["sliding_window"]))[None, None]
+    mask = window_mask(arch, 150, "cuda")
     check_16_bits(fused(model, plan), model, in_float64(model), x, dy, mask)
 
 

@@ -313,5 +313,5 @@ def test_all_who_empty_the_cache_overwrite_it(tmp_path, recwarn):
         x = torch.ones(2**24, device="cuda")
         del x
         torch.cuda.empty_cache()
-        assert torch.cuda.empty_cache is torch.cuda.memory.empty_cache
+        assert torch.cuda.empty_cache == torch.cuda.memory.empty_cache
     assert not [w for w in recwarn if "went back" in str(w.message)]

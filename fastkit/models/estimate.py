@@ -2,19 +2,22 @@
 
 M tokens go through at a time (batch x length); s bytes a number of the compute dtype. Per layer, with K hidden, Q query
 and N key columns, I intermediate ones, R heads: the plan's table in `plans.py` says what is kept. Beside that, each
-half's backward holds for a while (the forward holds less):
+half's backward holds for a while:
 
     MLP         gate, up and their gradient in one buffer, then the larger of
                 W_d and da                                          2 M I + K I + M I
                 W_gu and n or dn                                    2 M I + 2 I K + M K
-    attention   q, k, v, their gradients, o, do and W_qkv or W_o    2 M (Q + 2 N) + 2 M Q + (Q + 2 N) K + M K
+    attention   q, k, v, their gradients, o, do                     2 M (Q + 2 N) + 2 M Q, and the larger of
+                cuDNN's own gradients, a sum for dq in fp32         M (Q + 2 N) + 2 M Q
+                W_qkv and n or dn                                   (Q + 2 N) K + M K
 
-and x, dy. In FP8 a number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da;
-when W_gu is written, gate and up are gone.
+and x, dy. The MLP's forward holds less, but where a plan offloads, what was kept is there on its way out. In FP8 a
+number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da; when W_gu is written,
+gate and up are gone.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
-the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; and each layer's backward, with
-those of the layers below it.
+the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
+the layers below it; and the forward of one that offloads.
 
 An estimate is of torch's allocations. What the allocator reserves beyond (a few percent), and CUDA's own context
 (some 0.5 GiB, outside of what torch counts), come on top.
@@ -51,6 +54,11 @@ class Shape:
     itemsize: int
     fp8: bool = False
 
+    @property
+    def factor(self) -> int:
+        """Bytes a number of what is multiplied."""
+        return 1 if self.fp8 else self.itemsize
+
     @classmethod
     def of(cls, config, dtype: torch.dtype, compute: str = "auto") -> "Shape":
         """Of a transformers config."""
@@ -86,11 +94,28 @@ class Shape:
         if plan.chunks > 1:
             mlp += 2 * M * K * s  # the parts of dx, and the whole
         qkv = M * (Q + 2 * N)
-        attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q + M * K) * s + (Q + 2 * N) * K * (1 if self.fp8 else s)
+        attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q) * s
+        product = M * K * s + (Q + 2 * N) * K * self.factor
+        attention += max(product, qkv * s + 4 * M * Q)  # or cuDNN's own dq, dk and dv, and a sum for dq in fp32
         attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
             mlp += (qkv + M * Q + M * K) * s
         return max(mlp, attention) + 2 * M * K * s  # x and dy
+
+    def leaving(self, M: int, plan: Plan) -> tuple[int, int]:
+        """(bytes of what is offloaded that are on the device in the MLP's forward, the most bytes beside them).
+
+        What the MLP before kept is on its way out, and what the attention kept is yet to go.
+        """
+        K, I, s = self.hidden, self.intermediate, self.itemsize
+        m, qkv = -(-M // plan.chunks), self.queries + 2 * self.keys
+        hidden = 2 * m * I * s
+        before = M * K * s + (hidden if plan.gate_up else 0)
+        own = M * (K + (self.queries if plan.attention else 0) + (qkv if plan.qkv else 0)) * s
+        gate_up = (m * K + 2 * I * K) * self.factor + hidden
+        down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
+        most = max(gate_up, hidden + m * I * self.factor, down)
+        return before + own, most + M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
 
     def _mlp(self, m: int, kept: bool) -> int:
         """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not."""
@@ -167,10 +192,11 @@ def estimate(
     peaks = {"loss": (sum(held) + flight, loss)}
     below = 0
     for plan, own in zip(plans, held, strict=True):
+        if plan.offload:
+            on_their_way, most = shape.leaving(M, plan)
+            peaks["forward"] = max(peaks.get("forward", (0, 0)), (below + on_their_way, most), key=sum)
         below += own
-        peaks["layer"] = max(
-            peaks.get("layer", (0, 0)), (below + flight, shape.transient(M, plan)), key=lambda peak: sum(peak)
-        )
+        peaks["layer"] = max(peaks.get("layer", (0, 0)), (below + flight, shape.transient(M, plan)), key=sum)
     where = max(peaks, key=lambda name: sum(peaks[name]))
     activations, work = peaks[where]
     learning = [p for p in model.parameters() if p.requires_grad]

@@ -7,10 +7,12 @@ own, the adapters are updated in place (as optimizers do), and gradients are add
 parameters have as their `grad`; so accumulating, clipping and any schedule go on outside as they were.
 
 Not in a graph: dropout, whose masks would be the same in every step; offloading, which a small batch does not need;
-masks, which are read on the host. A batch padded on the right needs none under causal attention: leave it out.
+attention masks and the positions of packed rows, which are read on the host. A batch padded on the right needs no mask
+under causal attention: leave it out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ class Graphs:
     def __init__(self, model: nn.Module):
         if why := lacking(model):
             raise ValueError(f"a step of this model cannot be captured: {why}")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
         first, sizes = self.parameters[0], [p.numel() for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         pieces = self.flat.split(sizes)
@@ -58,7 +60,14 @@ class Graphs:
         self._where = self._addresses()
 
     def run(self, compute: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
-        """The loss, detached, of compute(inputs); compute must read nothing else that changes."""
+        """The loss, detached, of compute(inputs); compute must read nothing else that changes.
+
+        Raises ValueError for inputs that are read on the host.
+        """
+        if read := {"attention_mask", "position_ids"} & inputs.keys():
+            raise ValueError(
+                f"a captured step takes no {' and no '.join(sorted(read))}: leave it out, see fastkit.models.graphs"
+            )
         if self._where != self._addresses():  # somebody moved the adapters: what was captured reads the old place
             self.captured.clear()
             self._where = self._addresses()
@@ -86,9 +95,20 @@ class Graphs:
         """(the graph, its inputs, its loss); capturing runs nothing."""
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may pin memory
-            loss = self._pass(compute, own)
+        with self._unread(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self._pass(compute, own)  # thread_local: other threads may pin memory
         return graph, own, loss
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        every = [layer.shared.sequences for layer in fused_layers(self.model)]
+        for sequences in every:
+            sequences.unread = True
+        try:
+            yield
+        finally:
+            for sequences in every:
+                sequences.unread = False
 
     def _attach(self) -> None:
         """Have each parameter's `grad` be its buffer; empty where there was none."""

@@ -29,7 +29,13 @@ class Packed(NamedTuple):
 
 
 class Sequences:
-    """Reads masks, and remembers what it read as long as the mask lives."""
+    """Reads masks, and remembers what it read as long as the mask lives.
+
+    unread   masks are not read: in the capture of a CUDA graph, when the host cannot wait for one, and transformers
+             makes a causal one if it is given none
+    """
+
+    unread = False
 
     def __init__(self):
         self._known = WeakIdKeyDictionary()
@@ -44,7 +50,7 @@ class Sequences:
         by_flash = implementation.startswith("flash_attention")
         if mask is None and by_flash and B == 1:  # then transformers takes packed sequences from the positions
             mask = position_ids
-        if mask is None:
+        if mask is None or self.unread:
             return None
         if not isinstance(mask, torch.Tensor):
             raise Refusal(f"the attention mask is a {type(mask).__name__}")
