@@ -14,8 +14,7 @@ from fastkit.models import pieces
 from fastkit.models.patch import Report
 from fastkit.models.plans import PLANS
 from fastkit.train import same_learning
-from fastkit.train.data import IGNORE
-from fastkit.train.same_learning import LIMITS, Learned, SameLearningConfig, compare, differences, judge, learn, pack
+from fastkit.train.same_learning import LIMITS, Learned, SameLearningConfig, compare, differences, judge, learn
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -88,14 +87,6 @@ def test_a_batch_that_goes_through_transformers_is_no_result(inputs, monkeypatch
     monkeypatch.setattr(Sequences, "read", read)
     with pytest.raises(UserWarning, match="not fused: for the test"):
         learn(config(inputs), "keep")
-
-
-def test_packed_records_do_not_see_each_other():
-    records = [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
-    batch = pack(records)
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]] and batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9]]
-    assert batch["logits_to_keep"].tolist() == [0, 1, 3] and batch["shift_labels"].tolist() == [[6, 7, 9]]
 
 
 def test_differences_and_limits():

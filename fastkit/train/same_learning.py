@@ -31,6 +31,7 @@ from fastkit.models.plans import PLANS, plan_of
 from fastkit.train import data
 from fastkit.train.config import flag
 from fastkit.train.order import LengthGrouped
+from fastkit.train.packing import RowCollator
 
 FIRST = 30  # steps in which fp32 stays together; later, rounding has grown by way of the optimizer
 EVERY = 10  # lines of losses printed
@@ -117,8 +118,8 @@ class Steps:
         if len(self.train) < config.batch_size:
             raise FastkitError(f"{len(self.train)} records do not make a step of --batch_size {config.batch_size}")
         self.config = config
-        self.collate = pack if config.packed else data.Collator(tokenizer.pad_token_id)
-        self.pad = data.Collator(tokenizer.pad_token_id)
+        row, self.pad = RowCollator(tokenizer.pad_token_id), data.Collator(tokenizer.pad_token_id)
+        self.collate = (lambda records: row([records])) if config.packed else self.pad
 
     def __iter__(self) -> Iterator[tuple[list[dict], torch.Tensor]]:
         """(passes, target tokens of all of them) for each step, in the trainer's order of records."""
@@ -140,26 +141,6 @@ class Steps:
         for start in range(0, len(self.validation), self.config.batch_size):
             stop = min(start + self.config.batch_size, len(self.validation))
             yield self.pad([self.validation[i] for i in range(start, stop)])
-
-
-def pack(records: list[dict]) -> dict[str, torch.Tensor]:
-    """Tokenized records in one row, each at positions from 0 on, of which none predicts the next one's first token.
-
-    The keys are those of `data.Collator`, with `position_ids` for `attention_mask`.
-    """
-    ids = torch.cat([torch.as_tensor(r["input_ids"], dtype=torch.long) for r in records])[None]
-    positions = torch.cat([torch.arange(len(r["input_ids"])) for r in records])[None]
-    labels = torch.cat([torch.as_tensor(r["labels"], dtype=torch.long) for r in records])[None]
-    labels = labels.masked_fill(positions == 0, data.IGNORE)
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=data.IGNORE)
-    columns = (following[0] != data.IGNORE).nonzero().squeeze(1)
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "labels": labels,
-        "logits_to_keep": columns,
-        "shift_labels": following[:, columns],
-    }
 
 
 def learn(config: SameLearningConfig, plan: str | None, batches: Steps | None = None) -> tuple[Learned, Steps]:
