@@ -11,6 +11,7 @@ from fastkit.kernels.common import Cost
 from fastkit.kernels.ladders import matmul, softmax
 from fastkit.lab.cards import KNOWN, Card
 from fastkit.lab.measure import Measured, measure
+from fastkit.lab.results import recorded
 from fastkit.lab.roofline import COPY_FRACTION, MATRIX_FRACTION, predict, rates, roofline
 
 H100 = KNOWN["H100 SXM"]
@@ -70,6 +71,17 @@ def test_one_of_the_three_is_the_limit(bytes_moved, flops, tensor):
 def test_fractions_are_those_of_the_h100():
     assert pytest.approx(3020 / H100.bandwidth_gbps, abs=0.005) == COPY_FRACTION
     assert pytest.approx(715 / H100.tensor_tflops["bfloat16"], abs=0.005) == MATRIX_FRACTION
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [("02_add", "grid"), ("02_add_norm", "fused"), ("03_copy", "vectorised"), ("03_weight_update", "soa")],
+)
+def test_a_memory_bound_kernel_took_what_was_foreseen(name, best):
+    """Within 15%, of tensors beyond 64 MiB, at the speed of a copy that the same run measured."""
+    rows = {row["who"]: row for row in recorded(name)["rows"]}
+    foreseen_ms = rows[best].get("predicted_ms") or rows[best]["floor_ms"]
+    assert rows[best]["limit"] == "memory" and rows[best]["median_ms"] == pytest.approx(foreseen_ms, rel=0.15)
 
 
 @pytest.mark.parametrize("name", KNOWN)
