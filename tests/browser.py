@@ -49,7 +49,12 @@ def serve(folder: Path, port: int, scratch: Path) -> subprocess.Popen:
     flags = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", *flags, f"--notebook-dir={folder}", "--allow-root"],
-        env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(scratch / "settings"), "JUPYTER_PLATFORM_DIRS": "1"},
+        env={
+            **os.environ,
+            "JUPYTERLAB_SETTINGS_DIR": str(scratch / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(scratch / "workspaces"),  # not as an earlier run left it
+            "JUPYTER_PLATFORM_DIRS": "1",
+        },
         stdout=subprocess.DEVNULL,
         stderr=(scratch / "server.log").open("w"),
     )

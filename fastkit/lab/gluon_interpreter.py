@@ -4,9 +4,12 @@ Gluon has no interpreter of its own. Its kernels are Triton's but for layouts, w
 and for shared memory. What moves tiles asynchronously (TMA, mbarriers, warp specialisation) is not covered.
 """
 
+from contextlib import contextmanager
 from types import ModuleType
+from unittest import mock
 
 from fastkit.errors import FastkitError
+from fastkit.lab.sources import carry
 
 
 class Uninterpretable(FastkitError):
@@ -27,6 +30,24 @@ def interpreted(kernel):
         elif type(value).__name__ == "GluonJITFunction" and value is not kernel:
             names[name] = interpreted(value)
     return InterpretedFunction(kernel.fn)
+
+
+@contextmanager
+def gluon_on_cpu():
+    """Within, launches of Gluon kernels on CPU tensors run, interpreted, where TRITON_INTERPRET=1 has Triton's run so.
+
+    What they compute is right or wrong as on a GPU; that a layout is refused there, or is slow, does not show.
+    """
+    from triton.experimental.gluon._runtime import GluonJITFunction
+
+    def launch(kernel, grid):
+        kernel = interpreted(carry(kernel).load("<interpreted>"))
+        kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
+        kinds.update({name: "constexpr" for name, kind in kinds.items() if "constexpr" in str(kind)})
+        return kernel[grid]
+
+    with mock.patch.object(GluonJITFunction, "__getitem__", launch):
+        yield
 
 
 def _language(tl, gl) -> ModuleType:

@@ -5,7 +5,8 @@ hint("vector_add")          one more hint each time
 solution("vector_add")      the source of an answer that is right
 exercises()                 the tasks; exercises("vector_add") one of them in full
 
-Questions, whose answer is a number or a word, are asked and checked by the same four: check("measure.ridge", 236).
+Questions, whose answer is a number or a word, are asked and checked by the same four: check("measure.ridge", 236). So
+are the faults of the capstone's step, whose answer is a step: check("capstone.needless_copy", replace(PLANTED, ...)).
 """
 
 import ast
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastkit.errors import FastkitError
-from fastkit.lab.exercises.catalog import EXERCISES, QUESTIONS, find
+from fastkit.lab.exercises.catalog import EXERCISES, MENDS, QUESTIONS, find
 from fastkit.lab.exercises.demands import prepare, unmet
+from fastkit.lab.exercises.mend import Mend
 from fastkit.lab.exercises.process import INSIDE, Child
 from fastkit.lab.exercises.question import Question, not_answered
 from fastkit.lab.exercises.verdict import Verdict
@@ -57,9 +59,9 @@ class Text(str):
 def exercises(name: str | None = None) -> Tasks | Text:
     """The exercises' one-line tasks by name; with a name, all that its answer has to do."""
     if name is None:
-        return Tasks({name: exercise.task for name, exercise in (EXERCISES | QUESTIONS).items()})
+        return Tasks({name: exercise.task for name, exercise in (EXERCISES | QUESTIONS | MENDS).items()})
     exercise = find(name)
-    if isinstance(exercise, Question):
+    if isinstance(exercise, Question | Mend):
         text = Text(f"{name}: {exercise.task}")
         text.markdown = exercise.task
         return text
@@ -73,7 +75,8 @@ def check(name: str, answer, seconds: float | None = None, seed: int | None = No
 
     answer   a function with the exercise's signature that launches a Triton kernel; or a file, or source text, that
              defines one under the exercise's name. It writes into the outputs that it is given. For a question, a
-             number or a word. None, or a function whose body is `...`, is no answer yet
+             number or a word; for a fault of the capstone, the Parts of a step. None, or a function whose body is
+             `...`, is no answer yet
     seconds  that the answer may run, imports not counted (on a CPU 10, on a GPU 60)
     seed     of the inputs, as a verdict names it; drawn anew without
 
@@ -82,7 +85,7 @@ def check(name: str, answer, seconds: float | None = None, seed: int | None = No
     function whose source cannot be carried over. Changing the answer and checking again needs no restart.
     """
     exercise = find(name)
-    if isinstance(exercise, Question):
+    if isinstance(exercise, Question | Mend):
         return exercise.check(answer)
     if answer is None or (callable(answer) and _is_skeleton(answer)):
         return not_answered(name)

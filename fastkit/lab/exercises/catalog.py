@@ -4,8 +4,9 @@ import importlib
 import importlib.util
 
 from fastkit.errors import FastkitError
-from fastkit.lab.exercises import moving, rows, tiles
+from fastkit.lab.exercises import capstone, moving, rows, tiles
 from fastkit.lab.exercises.exercise import Exercise
+from fastkit.lab.exercises.mend import Mend
 from fastkit.lab.exercises.question import Question
 
 COURSE = (
@@ -17,6 +18,15 @@ COURSE = (
     "tiling",
     "tensor_cores",
     "pipelining",
+    "rms_norm",
+    "fusion",
+    "cross_entropy",
+    "flash_attention",
+    "flash_backward",
+    "nf4",
+    "lora",
+    "qlora_step",
+    "capstone",
 )
 
 
@@ -46,11 +56,12 @@ EXERCISES: dict[str, Exercise] = {
 QUESTIONS: dict[str, Question] = {
     question.name: question for question in _of_the_course("exercises.questions", "QUESTIONS")
 }
+MENDS: dict[str, Mend] = {mend.name: mend for mend in capstone.MENDS}
 
 
-def find(name: str) -> Exercise | Question:
-    """The exercise or question of that name. Raises FastkitError that lists all, or those of the same notebook."""
-    found = EXERCISES | QUESTIONS
+def find(name: str) -> Exercise | Question | Mend:
+    """The exercise of that name, of any kind. Raises FastkitError that lists all, or those of the same notebook."""
+    found = EXERCISES | QUESTIONS | MENDS
     if name not in found:
         notebook = f"{name.partition('.')[0]}."
         near = [other for other in found if other.startswith(notebook)] or list(EXERCISES)

@@ -1,0 +1,43 @@
+import math
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    T, D, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    mask = (rows < T)[:, None] & (dims < D)[None, :]
+    q = tl.load(q_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in range(0, (tl.program_id(0) + 1) * BLOCK_M // BLOCK_N):
+        n = tl.program_id(0) * BLOCK_M + BLOCK_M - (step + 1) * BLOCK_N  # from the diagonal back to the first key
+        cols = n + tl.arange(0, BLOCK_N)
+        there = (cols < T)[:, None] & (dims < D)[None, :]
+        k = tl.load(k_ptr + cols[:, None] * D + dims[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + cols[:, None] * D + dims[None, :], mask=there, other=0.0)
+        s = tl.dot(q, k.T, input_precision="ieee") * scale
+        s = tl.where(cols[None, :] <= rows[:, None], s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        known = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: -inf less -inf would be nan
+        p = tl.exp2(s - known[:, None])
+        decay = tl.exp2(row_max - known)
+        row_max = new_max
+        row_sum = row_sum * decay + tl.sum(p, 1)
+        acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
+    tl.store(o_ptr + rows[:, None] * D + dims[None, :], acc / row_sum[:, None], mask=mask)
+    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * 0.6931471805599453, mask=rows < T)
+
+
+def attend_causal(q, k, v, o, lse):
+    T, D = q.shape
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    grid = (triton.cdiv(T, 32),)
+    attend_kernel[grid](q, k, v, o, lse, T, D, D**-0.5 * math.log2(math.e), BLOCK_M=32, BLOCK_N=16, BLOCK_D=BLOCK_D)
