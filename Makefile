@@ -1,6 +1,6 @@
 # make demo   fine-tune a real model on this machine, through notebook 17; leaves runs/demo/
 # make test   every test and every notebook: `make code` is pytest, `make architectures` compiles every kernel for every
-#             architecture, `make notebooks` runs the notebooks by papermill and by nbval
+#             architecture, `make notebooks` runs the notebooks by papermill and by nbval, and examines stored answers
 # make lab    JupyterLab on the course
 # make sanitize   on a GPU: the tests of each kernel under compute-sanitizer, memcheck and racecheck
 # Each makes its own virtual environment in .venv first. PYTHON=... names another interpreter, VENV=... another folder.
@@ -33,7 +33,7 @@ architectures: $(VENV)/.installed
 	$(BIN)/python -m pytest -m architectures tests/test_portability.py
 
 notebooks: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m course tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m course tests/test_notebooks.py tests/test_capstone.py tests/test_answers.py
 	rm -rf build/notebooks
 	$(BIN)/python tests/prepare_notebooks.py build/notebooks
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider build/notebooks
