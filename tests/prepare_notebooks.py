@@ -20,7 +20,8 @@ def small_parameters(notebook: Path, folder: Path) -> dict:
     if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
         return {}
     data = tiny_data(folder / "data")
-    return {"data": str(data), "steps": 4, "max_length": 96, "output": str(folder / f"run-{notebook.stem}")}
+    output = folder / f"run-{notebook.stem}"
+    return {"data": str(data), "steps": 4, "few_steps": 4, "max_length": 96, "output": str(output)}
 
 
 def prepare(folder: Path) -> list[Path]:

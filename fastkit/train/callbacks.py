@@ -123,6 +123,7 @@ class LivePlot(TrainerCallback):
         self.every = every
         self.handle = None
         self.drawn = 0.0
+        self.ended = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         from IPython.display import display
@@ -135,6 +136,7 @@ class LivePlot(TrainerCallback):
             self._draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.ended = True
         self._draw(state)
 
     def _draw(self, state):
@@ -145,7 +147,9 @@ class LivePlot(TrainerCallback):
         done = state.global_step - self.start_step
         left = (time.monotonic() - self.start) / done * (state.max_steps - state.global_step) if done else None
         title = f"step {state.global_step} of {state.max_steps}"
-        return picture(plot_losses(self.history + state.log_history, title + (f", {left:.0f} s left" if left else "")))
+        if left:
+            title += ", stopped" if self.ended else f", {left:.0f} s left"
+        return picture(plot_losses(self.history + state.log_history, title))
 
 
 def plot_losses(log_history: list[dict], title: str = ""):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fastkit.errors import FastkitError
 from fastkit.models.load import first_line
@@ -67,7 +67,7 @@ def merge(
     size = shards.metadata["total_size"]
     with room_for(output, size), run_folder.staged(output) as staging:
         merged.save_about(staging, torch_dtype)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=output.name) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=output.name, disable=None) as bar:
             for file, names in shards.filename_to_tensors.items():
                 _write_shard(staging / file, names, merged, torch_dtype, bar)
         if shards.is_sharded:

@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fastkit.errors import FastkitError
 from fastkit.train.export import room_for
@@ -71,7 +71,7 @@ def to_gguf(
             _add_metadata(writer, merged)
             writer.add_file_type(TYPES[type][1])
             add_tokenizer(writer, merged, Path(scratch))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=output.name) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=output.name, disable=None) as bar:
                 _write(writer, merged, kinds, bar)
         with file.open("rb") as written:
             os.fsync(written.fileno())
