@@ -209,9 +209,10 @@ def test_so_does_one_that_breaks_off(tmp_path, error):
 
 
 CHILD = """
-import sys, time, torch
+import signal, sys, time, torch
 from fastkit.train.private import private
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background is started without
 model = torch.nn.Linear(3, 3)
 try:
     with private(sys.argv[0] + "-none", lambda: (model, None)):
