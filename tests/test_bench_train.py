@@ -59,6 +59,11 @@ def test_a_run(model, capsys, monkeypatch, tmp_path):
     assert rows["ours, keep"]["layers"] == "2 layers keep" and rows["ours, keep"]["estimated_gib"] > 0
 
 
+def test_graphs_are_for_plans_that_do_not_offload(model):
+    config = TrainBenchConfig(vs="none", shape=model, plan=["keep", "leanest"], graphs=True, **STEP)
+    assert [bench_train.label(one) for one in config.settings()] == ["ours, keep", "ours, leanest", "ours, keep, graph"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_several_processes(model, strategy):
     """The first process has one's own batches; the gradients, and so the losses after a step, are of all."""

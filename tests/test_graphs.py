@@ -94,6 +94,13 @@ def test_what_cannot_be_captured_says_why(folder):
         Graphs(model)
 
 
+def test_a_step_of_several_processes_is_not_captured(folder, monkeypatch):
+    """autograd.grad does not run the hooks by which DDP adds gradients up."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert "several processes" in lacking(model_of(folder))
+
+
 @pytest.mark.gpu
 def test_what_cannot_be_captured_on_a_gpu(folder):
     model = model_of(folder, device="cuda", dtype="bf16")

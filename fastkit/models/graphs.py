@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastkit.models.patch import fused_layers
@@ -26,6 +27,8 @@ Inputs = dict[str, torch.Tensor]
 
 def lacking(model: nn.Module) -> str:
     """Why the steps of `model`, which is patched, cannot be captured; "" if they can."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return "several processes share its gradients, which a captured step would not add up"
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters or any(p.device.type != "cuda" for p in parameters):
         return "it is not on a GPU"

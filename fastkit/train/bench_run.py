@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkit.errors import FastkitError
 from fastkit.models.bnb import bnb
+from fastkit.models.graphs import Graphs
 from fastkit.models.load import first_line, resolve_device, resolve_dtype
 from fastkit.train import processes, sharding
 from fastkit.train.bench_contenders import CONTENDERS, Settings
@@ -36,14 +37,7 @@ class Run:
         self.optimizer = self._optimizer()
         if settings.processes > 1 and not self._is_sharded():
             self.model = DistributedDataParallel(self.model)
-        self.graphs = self._graphs() if settings.graphs else None
-
-    def _graphs(self):
-        from fastkit.models.graphs import Graphs, lacking
-
-        if why := lacking(self.model):
-            raise FastkitError(f"its step cannot be a CUDA graph: {why}")
-        return Graphs(self.model)
+        self.graphs = Graphs(self.model) if settings.graphs else None
 
     def _is_sharded(self) -> bool:
         return self.settings.processes > 1 and self.settings.strategy == "fsdp2"

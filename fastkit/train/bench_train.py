@@ -126,6 +126,7 @@ class TrainBenchConfig:
             for compute in self.compute
             for plan in self.plans()
             for budget in (map(gib, self.budget) if plan == "auto" and self.budget else [None])
+            if not (graphs and plan in PLANS and PLANS[plan].offload)
         ]
 
 
