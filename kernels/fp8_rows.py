@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import Cost, architecture, as_rows, check_floats, device_of, on_triton, tl, triton
-from fastkit.kernels.fp8_scale import FP8, lacks_fp8, reference_fp8, reference_scale
+from fastkit.kernels.fp8_scale import FP8, check_fp8, lacks_fp8, reference_fp8, reference_scale
 from fastkit.kernels.rms_norm import row_tiling
 
 
@@ -41,12 +41,6 @@ def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def on_fp8_kernels(op: str, x: torch.Tensor) -> bool:
     """Whether `op` writes FP8 by its kernel: on a GPU that has e4m3. Triton's interpreter rounds to it wrongly."""
     return on_triton(op, "x", x) and x.device.type == "cuda" and not lacks_fp8(architecture(x.device))
-
-
-def check_fp8(op: str, device: torch.device) -> None:
-    """For launches: raise NotImplementedError where the kernel cannot be compiled to e4m3."""
-    if lacks_fp8(arch := architecture(device)):
-        raise NotImplementedError(f"{op} writes FP8 from sm_89 on and this is {arch}: use bfloat16")
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastkit.kernels.common import Cost, check_floats, device_of, fp32, on_triton, tl, triton
+from fastkit.kernels.common import Cost, architecture, check_floats, device_of, fp32, on_triton, tl, triton
 from fastkit.kernels.nf4 import NF4Weight, reference_absmax
 
 FP8 = torch.float8_e4m3fn
@@ -34,6 +34,12 @@ def cost(N: int, K: int, r: int, dtype=torch.bfloat16) -> Cost:
 def lacks_fp8(arch: str) -> bool:
     """Whether `arch`, of `architecture`, has no e4m3: NVIDIA's before sm_89, and AMD's, whose e4m3 is another."""
     return arch.startswith("gfx") or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 89)
+
+
+def check_fp8(op: str, device: torch.device) -> None:
+    """For launches: raise NotImplementedError where the kernel cannot be compiled to e4m3."""
+    if lacks_fp8(arch := architecture(device)):
+        raise NotImplementedError(f"{op} writes FP8 from sm_89 on and this is {arch}: use bfloat16")
 
 
 def reference_scale(bound: torch.Tensor, A, B, scaling: float) -> torch.Tensor:

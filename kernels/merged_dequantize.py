@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, tl, triton
-from fastkit.kernels.fp8_scale import FP8, lacks_fp8, launch_scale, reference_fp8, reference_scale
+from fastkit.kernels.fp8_scale import FP8, check_fp8, lacks_fp8, launch_scale, reference_fp8, reference_scale
 from fastkit.kernels.nf4 import (
     NF4Weight,
     code_values,
@@ -167,8 +167,8 @@ def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -
     arch = architecture(w.device)
     if arch == "sm_75":
         raise NotImplementedError("merged_dequantize needs Triton's tensor cores, sm_80: use dequantize_nf4 and addmm_")
-    if w.dtype == FP8 and lacks_fp8(arch):
-        raise NotImplementedError(f"merged_dequantize writes FP8 from sm_89 on and this is {arch}: use bfloat16")
+    if w.dtype == FP8:
+        check_fp8("merged_dequantize", w.device)
     N, K = weight.shape
     if N * K == 0:
         return

@@ -21,8 +21,8 @@ import torch
 
 from fastkit.kernels import fp8_rows, rms_norm
 from fastkit.kernels.common import Cost, device_of, fp32, tl, triton
-from fastkit.kernels.fp8_rows import check_fp8, row_scale
-from fastkit.kernels.fp8_scale import FP8
+from fastkit.kernels.fp8_rows import row_scale
+from fastkit.kernels.fp8_scale import FP8, check_fp8
 from fastkit.kernels.rms_norm import row_tiling
 
 

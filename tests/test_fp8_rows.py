@@ -139,7 +139,7 @@ def test_swiglu_backward_writes_over_its_inputs(M, N, tiling, half, device):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_87", "gfx942"])
 def test_older_cards_are_told_what_to_do(arch, monkeypatch):
-    monkeypatch.setattr(fp8_rows, "architecture", lambda device: arch)
+    monkeypatch.setattr(fp8_scale, "architecture", lambda device: arch)
     for launch in [f for module in (fp8_rows, rms_norm_fp8, swiglu_fp8) for f in module.examples().values()]:
         with pytest.raises(NotImplementedError, match=f"writes FP8 from sm_89 on and this is {arch}: use bfloat16"):
             launch()

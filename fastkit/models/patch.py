@@ -140,11 +140,12 @@ def _group(model: nn.Module, compute: str, layers: bool) -> type[Group]:
     group = GROUPS[compute]
     if any(layer.shared.group is not group for layer in fused_layers(model)):
         raise FastkitError(f"the model is patched with another compute than {compute!r}: unpatch it first")
-    if group is FP8Group and not layers:
-        raise FastkitError('compute="fp8" is for fused layers, and layers=False fuses none: leave out one of them')
-    for name, module in model.named_modules():
-        if group is FP8Group and is_decoder_layer(module) and "forward" not in vars(module):
-            _prepare_fp8(module, name)
+    if group is FP8Group:
+        if not layers:
+            raise FastkitError('compute="fp8" is for fused layers, and layers=False fuses none: leave out one of them')
+        for name, module in model.named_modules():
+            if is_decoder_layer(module) and "forward" not in vars(module):
+                _prepare_fp8(module, name)
     return group
 
 

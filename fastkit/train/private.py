@@ -72,7 +72,7 @@ def check(model: str) -> None:
             "a private run overwrites what the GPU held at its end, and needs one: use fastkit.finetune(private=True, "
             "...), or `with FineTune(private=True, ...) as run:` around prepare, train and save"
         )
-    if model == "smollm2" and not (cache_dir() / smollm2.NAME / "config.json").is_file():
+    if model == "smollm2" and not smollm2.is_cached():
         raise FastkitError(
             f"a private run does not download, and {smollm2.NAME} is not in {cache_dir()} yet: run `fastkit generate "
             "hello` once before it, or name the folder of a model"
