@@ -8,6 +8,7 @@ ends it, and torchrun then ends the others. Without torchrun there is one proces
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from fastkit.errors import FastkitError
 
 T = TypeVar("T")
+
+SECONDS_TO_SAY = 30  # others outlive a failing first by this or until torchrun ends them: it ends all once one is gone
 
 
 def count() -> int:
@@ -95,6 +98,7 @@ def by_first(function: Callable[[], T]) -> T:
     finally:
         value, done = told_by_first((value, done))
     if not done:
+        time.sleep(SECONDS_TO_SAY)
         sys.exit(2)
     return value
 
