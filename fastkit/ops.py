@@ -5,7 +5,7 @@ from fastkit.kernels.add_rms_norm import add_rms_norm
 from fastkit.kernels.attention import attention, attention_varlen
 from fastkit.kernels.cross_entropy import cross_entropy
 from fastkit.kernels.fp8_rows import quantize_rows_fp8
-from fastkit.kernels.fp8_scale import merged_scale, weight_bounds
+from fastkit.kernels.fp8_scale import shared_scale, weight_bounds
 from fastkit.kernels.geglu import geglu
 from fastkit.kernels.linear_cross_entropy import linear_cross_entropy
 from fastkit.kernels.lora import lora_gradients
@@ -30,13 +30,13 @@ __all__ = [
     "lora_gradients",
     "merged_dequantize",
     "merged_dequantize_fp8",
-    "merged_scale",
     "nf4_matvec",
     "quantize_nf4",
     "quantize_rows_fp8",
     "rms_norm",
     "rope",
     "rope_",
+    "shared_scale",
     "swiglu",
     "weight_bounds",
 ]

@@ -1,4 +1,4 @@
-"""A scale a row for FP8 (e4m3), of a weight with its LoRA adapter that `kernels/merged_dequantize.py` is yet to write.
+"""The scales of a weight with its LoRA adapter that `kernels/merged_dequantize.py` is yet to write in FP8 (e4m3).
 
 e4m3 ends at 448 and has 3 bits of mantissa at any size, so a scale must keep its row in range but need not be tight. To
 find a row's largest number would take a pass of its own. We take an upper bound: |CODE| <= 1 and so
@@ -7,8 +7,13 @@ find a row's largest number would take a pass of its own. We take an upper bound
     scale[i]    =  bound[i] / 448
 
 The first term never changes (`weight_bounds`, once a weight). The second is made of the adapters alone, hundredths of
-the weight's bytes, in two small launches. For W.T the same holds with rows and columns, A and B exchanged. A row that
-runs through several weights, side by side, takes the largest of their scales.
+the weight's bytes, in two small launches. For W.T the same holds with rows and columns, A and B exchanged.
+
+A coarser bound serves several weights at once, both ways round, in two launches for all (`shared_scale`):
+
+    |W[i, j]|  <=  max of absmax  +  |scaling| * r * max |B| * max |A|
+
+It costs no bit: e4m3 is as fine, relative to a number, down to 1/28672 of the largest.
 
 Casts: all arithmetic is fp32.
 """
@@ -52,6 +57,12 @@ def reference_scale(bound: torch.Tensor, A, B, scaling: float) -> torch.Tensor:
 def reference_fp8(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """w / scale in e4m3, of w [rows, columns] in fp32, in plain torch."""
     return (w * (1 / scale)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def reference_shared(bound: float, A: torch.Tensor, B: torch.Tensor, gain: float) -> torch.Tensor:
+    """The scale of `shared_scale`, fp32, no dimensions, in plain torch."""
+    a, b = (x.float().abs().amax() if x.numel() else torch.zeros((), device=x.device) for x in (A, B))
+    return (bound + gain * a * b).clamp(min=1e-30) / FP8_MAX
 
 
 def weight_bounds(weight: NF4Weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +118,44 @@ def _scale_kernel(
     tl.store(inverse_ptr + n, 1.0 / scale, mask=n < N)
 
 
+@triton.jit
+def _largest(x_ptr, N, BLOCK_N: tl.constexpr):
+    """max |x| of every num_programs-th block of x [N]."""
+    largest = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        largest = tl.maximum(largest, tl.abs(tl.load(x_ptr + n, mask=n < N, other=0.0).to(tl.float32)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _factors_kernel(a_ptr, b_ptr, largest_ptr, N_A, N_B, BLOCK_N: tl.constexpr):
+    """What `_largest` finds in a [N_A] and in b [N_B]: largest [2, num_programs]."""
+    tl.store(largest_ptr + tl.program_id(0), _largest(a_ptr, N_A, BLOCK_N))
+    tl.store(largest_ptr + tl.num_programs(0) + tl.program_id(0), _largest(b_ptr, N_B, BLOCK_N))
+
+
+@triton.jit
+def _shared_kernel(
+    largest_ptr, scale_ptr, inverse_ptr, N, bound, gain, PARTS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """scale = (bound + gain * max |a| * max |b|) / 448, and its inverse, N times each: a scale a row, all the same."""
+    parts, n = tl.arange(0, PARTS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a, b = tl.max(tl.load(largest_ptr + parts), axis=0), tl.max(tl.load(largest_ptr + PARTS + parts), axis=0)
+    scale = tl.maximum(fp32(bound) + fp32(gain) * a * b, tl.full([BLOCK_N], 1e-30, tl.float32)) / 448.0
+    tl.store(scale_ptr + n, scale, mask=n < N)
+    tl.store(inverse_ptr + n, 1.0 / scale, mask=n < N)
+
+
+def launch_shared(bound: float, A, B, gain: float, scale, inverse) -> None:
+    """Write scale and inverse [rows], fp32, all entries the same, of A and B, contiguous."""
+    with device_of(scale):
+        parts = 4 * PARTS
+        largest = torch.empty(2, parts, device=scale.device)
+        _factors_kernel[(parts,)](A, B, largest, A.numel(), B.numel(), 2048)
+        _shared_kernel[(-(-scale.numel() // 2048),)](largest, scale, inverse, scale.numel(), bound, gain, parts, 2048)
+
+
 def launch_scale(bound, A, B, scaling, scale, inverse, transposed=False) -> None:
     """Write scale and inverse [rows of the result], fp32, given bound of `weight_bounds` for the same rows."""
     x, y = (None, None) if A is None else (A.T, B) if transposed else (B, A.T)  # [rows, r], [columns, r]
@@ -128,21 +177,29 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     N, K, r = 14336, 4096, 16  # Mistral-7B's gate and up
     empty = functools.partial(torch.empty, device="meta")
     A, B = empty(r, K, dtype=dtype), empty(N, r, dtype=dtype)
-    return {f"rows of {N}x{K}, rank {r}": lambda: launch_scale(empty(N), A, B, 2.0, empty(N), empty(N))}
+    return {
+        f"rows of {N}x{K}, rank {r}": lambda: launch_scale(empty(N), A, B, 2.0, empty(N), empty(N)),
+        f"one for {N}x{K}, rank {r}": lambda: launch_shared(0.1, A, B, 32.0, empty(N), empty(N)),
+    }
 
 
-def merged_scale(
-    bound: torch.Tensor, A=None, B=None, scaling: float = 1.0, *, transposed: bool = False
-) -> torch.Tensor:
-    """The scale [rows], fp32, of each row that `merged_dequantize_fp8` writes of a weight with such bounds.
+def shared_scale(
+    bound: float, A: torch.Tensor, B: torch.Tensor, gain: float, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale for several weights with their adapters, as a scale a row for `merged_dequantize_fp8`.
 
-    The arguments are its own. Raises as it does; CPU tensors take torch.
+    bound    the largest absmax of all of them
+    A, B     all numbers of their A, and of their B, of any shape, float32, float16 or bfloat16; may be empty
+    gain     the largest |scaling| * rank among them (of one with several adapters, their sum)
+    rows     how many rows to write it for
+    returns  (scale, 1 / scale), both [rows], fp32, all entries the same
+
+    Raises TypeError for another dtype. CPU tensors take torch.
     """
-    check_floats("merged_scale", bound=bound, **({} if A is None else {"A": A, "B": B}))
-    if A is not None and (rows := A.shape[1] if transposed else B.shape[0]) != bound.shape[0]:
-        raise ValueError(f"merged_scale: bound has shape {tuple(bound.shape)}; the adapter's rows need ({rows},)")
-    if not on_triton("merged_scale", "bound", bound):
-        return reference_scale(bound, *((B.T, A.T) if A is not None and transposed else (A, B)), scaling)
-    scale, inverse = torch.empty(2, bound.shape[0], device=bound.device)
-    launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
-    return scale
+    check_floats("shared_scale", A=A, B=B)
+    if not on_triton("shared_scale", "A", A):
+        scale = reference_shared(bound, A, B, gain).expand(rows).contiguous()
+        return scale, 1 / scale
+    scale, inverse = torch.empty(2, rows, device=A.device)
+    launch_shared(float(bound), A.contiguous(), B.contiguous(), float(gain), scale, inverse)
+    return scale, inverse

@@ -292,13 +292,14 @@ def merged_dequantize(
 
 def merged_dequantize_fp8(
     weight: NF4Weight, bound: torch.Tensor | None, A=None, B=None, scaling: float = 1.0, *, transposed: bool = False,
-    scale: torch.Tensor | None = None, out: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None, inverse: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`merged_dequantize` in FP8 (e4m3), each row of the result divided by a scale of its own.
 
     weight, A, B, scaling, transposed   as in `merged_dequantize`
     bound    of the result's rows: the first of `weight_bounds(weight)`, the second if `transposed`; None with `scale`
-    scale    the rows' scales, in fp32, none below that of `merged_scale`: for rows that run through several weights
+    scale    the rows' scales, in fp32, such as `shared_scale`'s: for rows that run through several weights
+    inverse  1 / scale, where that is known
     out      as in `merged_dequantize`, in e4m3
     returns  (w8 [N, K] or [K, N], scale [N] or [K] in fp32); w8 * scale is W, to the 4 significant bits of e4m3.
              For a product x @ W.T give torch._scaled_mm x8, w8.T, and scale as the scales of its columns.
@@ -327,7 +328,7 @@ def merged_dequantize_fp8(
     if scale is None:
         scale, inverse = torch.empty(2, shape[0], device=weight.device)
         launch_scale(bound, A, B, float(scaling), scale, inverse, transposed)
-    else:
+    elif inverse is None:
         inverse = scale.reciprocal()
     launch(weight, A, B, float(scaling), w8, transposed, inverse)
     return w8, scale

@@ -101,7 +101,7 @@ def _weights(device, dtype, rows) -> dict[str, Case]:
         "nf4_matvec": Case(lambda x, packed: ops.nf4_matvec(x, weight), (draw(rows // 4, K), weight.packed)),
         "merged_dequantize": Case(lambda A, B, packed: ops.merged_dequantize(weight, A, B, 0.5), (A, B, weight.packed)),
         "merged_dequantize_fp8": Case(merged_fp8, (bound, A, B, weight.packed)),
-        "merged_scale": Case(lambda bound, A, B: ops.merged_scale(bound, A, B, 0.5), (bound, A, B)),
+        "shared_scale": Case(lambda A, B: ops.shared_scale(0.5, A, B, 4.0, N), (A, B)),
         "quantize_rows_fp8": Case(rows_fp8, (draw(rows, K),)),
         "weight_bounds": Case(lambda absmax: ops.weight_bounds(weight), (weight.absmax,)),
     }

@@ -17,7 +17,7 @@ from fastkit.models.plans import PLANS
 from fastkit.models.products import FP8Group
 from fastkit.models.projection import Adapter, Group, Projection
 from fastkit.models.warmup import warm_up
-from fastkit.ops import merged_dequantize_fp8, merged_scale, quantize_nf4, weight_bounds
+from fastkit.ops import dequantize_nf4, merged_dequantize_fp8, quantize_nf4, shared_scale, weight_bounds
 from fastkit.train.config import FinetuneConfig
 
 FP8 = torch.float8_e4m3fn
@@ -40,18 +40,43 @@ def adapted(N, K, r, device, size=1.0):
 
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_scale_alone_is_the_scale_of_the_weight(device, fresh_seed, transposed, adapter):
+def test_a_scale_may_be_given(device, fresh_seed, transposed, adapter):
     weight, A, B = adapted(48, 64, 3, device)
     A, B = (A, B) if adapter else (None, None)
     bound = weight_bounds(weight)[transposed]
     w8, scale = merged_dequantize_fp8(weight, bound, A, B, 2.0, transposed=transposed)
-    torch.testing.assert_close(merged_scale(bound, A, B, 2.0, transposed=transposed), scale)
     wide = torch.zeros(len(w8), 200, dtype=FP8, device=device)
     out = wide[:, 16 : 16 + w8.shape[1]]
     given, same = merged_dequantize_fp8(weight, None, A, B, 2.0, transposed=transposed, scale=2 * scale, out=out)
     assert given.data_ptr() == out.data_ptr() and torch.equal(same, 2 * scale)
     assert not wide[:, :16].float().any() and not wide[:, 16 + w8.shape[1] :].float().any()
     torch.testing.assert_close(2 * out.float(), w8.float(), rtol=0, atol=2**-8)  # less where it is subnormal
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 1), (7, 5000), (130_001, 70_000)], ids=str)
+def test_one_scale_for_several_weights(device, fresh_seed, dtype, counts):
+    A, B = (torch.randn(n, device=device).to(dtype) for n in counts)
+    scale, inverse = shared_scale(0.5, A, B, 3.0, 5001)
+    assert scale.shape == inverse.shape == (5001,) and scale.dtype == torch.float32 and (scale == scale[0]).all()
+    a, b = (x.double().abs().max().item() if len(x) else 0.0 for x in (A, B))
+    assert scale[0].item() == pytest.approx((0.5 + 3 * a * b) / 448, rel=1e-6)
+    torch.testing.assert_close(inverse, 1 / scale, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_number_of_a_group_is_beyond_its_scale(fresh_seed, transposed):
+    """Also where one projection has two adapters, and none."""
+    group = group_of((48, 32), 64, "cpu", torch.float32)
+    first, second = group.projections
+    several = Projection(
+        first.weight, None, (*first.adapters, Adapter(torch.randn(2, 64), torch.randn(48, 2), -3.0, 0.0)), None
+    )
+    for projections in ([several, second], [Projection(first.weight, None, (), None)]):
+        group = FP8Group(projections, torch.float32)
+        w8, scale = group.weight_fp8(transposed)
+        W = torch.cat([merging.reference(p.weight, *p.stacked(), torch.float64) for p in projections])
+        assert (scale == scale[0]).all() and W.abs().max() <= 448.001 * scale[0]
+        assert error(w8.float() * scale[:, None], W.T if transposed else W) <= 0.04
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,6 @@ def test_the_scale_alone_is_the_scale_of_the_weight(device, fresh_seed, transpos
         (lambda w, b: merged_dequantize_fp8(w, None, scale=b[1:]), "scale has shape"),
         (lambda w, b: merged_dequantize_fp8(w, b, out=torch.empty(16, 64)), "out is .*float32.* give .*float8_e4m3fn"),
         (lambda w, b: merged_dequantize_fp8(w, b, out=torch.empty(64, 16, dtype=FP8).T), "neighbours in a row"),
-        (lambda w, b: merged_scale(b, torch.ones(2, 64), torch.ones(8, 2)), r"the adapter's rows need \(8,\)"),
     ],
 )
 def test_clear_errors(call, message):
@@ -124,11 +148,10 @@ class Emulated(Group):
     def _weight(self, transposed):
         """(W, or W.T, in float64; the scale of its rows)."""
         W = torch.cat([merging.reference(p.weight, *p.stacked(), torch.float64) for p in self.projections])
-        scales = [
-            merged_scale(weight_bounds(p.weight)[transposed], *p.stacked(), transposed=transposed)
-            for p in self.projections
-        ]
-        return (W.T, torch.stack(scales).amax(0)) if transposed else (W, torch.cat(scales))
+        gain = max(sum(abs(a.scaling) * len(a.A) for a in p.adapters) for p in self.projections)
+        absmax = max(dequantize_nf4(p.weight, torch.float32).abs().max().item() for p in self.projections)
+        W = W.T if transposed else W
+        return W, shared_scale(absmax, *self.adapters_flat(), gain, len(W))[0]
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16])
@@ -211,7 +234,7 @@ def test_some_adapters_alone_may_learn(folder, references, fresh_seed):
 
 def test_bounds_are_computed_before_the_first_step_and_once(folder, references, monkeypatch):
     model = fused(model_of(folder), compute="fp8")
-    monkeypatch.setattr(products, "weight_bounds", lambda weight: pytest.fail("computed in a step"))
+    monkeypatch.setattr(products, "reference_absmax", lambda weight: pytest.fail("computed in a step"))
     step(model, **BATCH)
     step(model, **BATCH)
 

@@ -12,7 +12,7 @@ from fastkit.errors import FastkitError
 from fastkit.models.fused_head import FusedHead, FusedLoss, check_head
 from fastkit.models.fused_layer import MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
 from fastkit.models.plans import Plan, plan_of
-from fastkit.models.products import GROUPS, FP8Group, bounds, lacking
+from fastkit.models.products import GROUPS, FP8Group, bound, lacking
 from fastkit.models.projection import Group, Refusal
 from fastkit.ops import rms_norm, swiglu
 
@@ -158,7 +158,7 @@ def _prepare_fp8(layer: nn.Module, name: str) -> None:
     for its, projection in projections.items():
         if why := lacking(projection):
             raise FastkitError(f'compute="fp8": {name}: {its}: {why}')
-        bounds(projection.weight)
+        bound(projection.weight)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -1,17 +1,16 @@
 """The products of a Group in FP8 (e4m3), at twice the rate: of frozen 4-bit weights with their adapters merged in.
 
-Forward, with x8 [M, K] and its scale a row sx [M] (`kernels/fp8_rows.py`), and W8 [N, K] with sw [N], written straight
-from 4 bits (`kernels/merged_dequantize.py`):
+Forward, with x8 [M, K] and its scale a row sx [M] (`kernels/fp8_rows.py`), and W8 [N, K] with one scale sw for all of
+it, written straight from 4 bits (`kernels/merged_dequantize.py`, `shared_scale`):
 
-    y  = (x8 @ W8.T) * sx[:, None] * sw[None, :] + bias
+    y  = (x8 @ W8.T) * sx[:, None] * sw + bias
 
-A scale can be taken out of a sum that does not run along it. dx = dy @ W sums over the rows of W, where sw lies, so the
-backward writes the weight anew: V8 [K, N] is W.T, with a scale sv [K] for each of its rows, and
+dx = dy @ W sums over the rows of W, and FP8 tensor cores want both factors with neighbours along the sum. So the
+backward writes the weight anew, as V8 [K, N] = W8.T, of the same scale:
 
-    dx = (dy8 @ V8.T) * sdy[:, None] * sv[None, :]
+    dx = (dy8 @ V8.T) * sdy[:, None] * sw
 
-is the same product again. Weights below each other in W have rows of their own. In V they lie side by side, and a row,
-which runs through all of them, has the largest of their scales.
+Weights below each other in W lie side by side in V.
 
 Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU and its backward. The attention's output, its
 gradients in q, k and v, and those of both halves' outputs take a pass of their own.
@@ -28,19 +27,20 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastkit.errors import FastkitError
-from fastkit.kernels.fp8_scale import FP8, merged_scale
+from fastkit.kernels.fp8_scale import FP8
+from fastkit.kernels.nf4 import reference_absmax
 from fastkit.models import pieces
 from fastkit.models.pieces import FP8Rows
 from fastkit.models.projection import Group, Projection
-from fastkit.ops import NF4Weight, merged_dequantize_fp8, weight_bounds
+from fastkit.ops import NF4Weight, merged_dequantize_fp8, shared_scale
 
 _bounds = WeakTensorKeyDictionary()  # by absmax: FSDP2 has the weight itself in another place each time
 
 
-def bounds(weight: NF4Weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight_bounds`, computed once a weight."""
+def bound(weight: NF4Weight) -> float:
+    """The largest absmax, in magnitude: no number of the weight is larger. Found once a weight, which waits for it."""
     if weight.absmax not in _bounds:
-        _bounds[weight.absmax] = weight_bounds(weight)
+        _bounds[weight.absmax] = reference_absmax(weight).abs().max().item()
     return _bounds[weight.absmax]
 
 
@@ -73,7 +73,7 @@ class FP8Group(Group):
 
     def __init__(self, projections: list[Projection], dtype: torch.dtype):
         super().__init__(projections, dtype)
-        self.factors = FP8
+        self.factors, self.scale = FP8, None
         for projection in projections:
             if why := lacking(projection):
                 raise FastkitError(f'compute="fp8": {why}')
@@ -90,19 +90,24 @@ class FP8Group(Group):
         return self._product(dy, *self.weight_fp8(transposed=True), None)
 
     def weight_fp8(self, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(W8 [N, K], sw [N]), or (V8 [K, N], sv [K]) if `transposed`."""
-        if len(self.projections) == 1:
-            return _merged(self.projections[0], transposed)
+        """(W8 [N, K], its scale [N]), or (V8 [K, N], its scale [K]) if `transposed`; all scales are the same."""
         N, (first, *_) = sum(self.sizes), (p.weight for p in self.projections)
-        shape = (first.shape[1], N) if transposed else (N, first.shape[1])
-        w8 = torch.empty(shape, dtype=FP8, device=first.device)
-        parts = zip(self.projections, w8.split(self.sizes, int(transposed)), strict=True)
-        if not transposed:
-            return w8, torch.cat([_merged(projection, False, out=part)[1] for projection, part in parts])
-        scale = torch.stack([_scale(projection, True) for projection in self.projections]).amax(0)
-        for projection, part in parts:
-            _merged(projection, True, scale, part)
-        return w8, scale
+        rows, columns = (first.shape[1], N) if transposed else (N, first.shape[1])
+        w8 = torch.empty(rows, columns, dtype=FP8, device=first.device)
+        if self.scale is None:
+            self.scale = self._shared_scale(max(rows, columns))
+        for projection, part in zip(self.projections, w8.split(self.sizes, int(transposed)), strict=True):
+            scale, inverse = (each[: len(part)] for each in self.scale)
+            merged_dequantize_fp8(
+                projection.weight, None, *projection.stacked(), transposed=transposed,
+                scale=scale, inverse=inverse, out=part,
+            )  # fmt: skip
+        return w8, self.scale[0][:rows]
+
+    def _shared_scale(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale of all weights with their adapters, and its inverse, `rows` times each."""
+        gain = max(sum(abs(a.scaling) * len(a.A) for a in p.adapters) for p in self.projections)
+        return shared_scale(max(bound(p.weight) for p in self.projections), *self.adapters_flat(), gain, rows)
 
     def _product(self, x: FP8Rows | torch.Tensor, w8, scale, bias: torch.Tensor | None) -> torch.Tensor:
         """x @ (w8 * scale[:, None]).T + bias [M, rows of w8], a new tensor of the compute dtype."""
@@ -113,17 +118,6 @@ class FP8Group(Group):
             )
         y = (x8.float() * x_scale[:, None]) @ (w8.float() * scale[:, None]).T
         return (y if bias is None else y + bias).to(self.dtype)
-
-
-def _merged(projection: Projection, transposed: bool, scale=None, out=None) -> tuple[torch.Tensor, torch.Tensor]:
-    bound = bounds(projection.weight)[transposed] if scale is None else None
-    return merged_dequantize_fp8(
-        projection.weight, bound, *projection.stacked(), transposed=transposed, scale=scale, out=out
-    )
-
-
-def _scale(projection: Projection, transposed: bool) -> torch.Tensor:
-    return merged_scale(bounds(projection.weight)[transposed], *projection.stacked(), transposed=transposed)
 
 
 GROUPS = {"auto": Group, "fp8": FP8Group}  # by what `patch` calls compute

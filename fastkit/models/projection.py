@@ -96,7 +96,8 @@ class Group:
 
     def __init__(self, projections: list[Projection], dtype: torch.dtype):
         self.trained = [tensor for p in projections for adapter in p.adapters for tensor in adapter[:2]]
-        self.projections, self.dtype, self.factors = _rounded(projections, self.trained, dtype), dtype, dtype
+        self.projections, self.flat = _rounded(projections, self.trained, dtype)
+        self.dtype = self.factors = dtype
         self.sizes = [p.weight.shape[0] for p in projections]
         self.adapters = [(i, adapter) for i, p in enumerate(projections) for adapter in p.adapters]
         self.dropout = any(adapter.dropout for _, adapter in self.adapters)
@@ -160,6 +161,16 @@ class Group:
             found[2 * j + 1] = dB if needed[2 * j + 1] else None
         return found
 
+    def adapters_flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All numbers of the A, and of the B, as they are merged: [sum of r_i K], [sum of N_i r_i]."""
+        if self.flat is not None:
+            return self.flat.split([sum(t.numel() for t in side) for side in (self.trained[::2], self.trained[1::2])])
+        empty = self.projections[0].weight.absmax.new_empty(0, dtype=torch.float32)
+        return tuple(
+            torch.cat([empty, *(t.detach().flatten() for t in side)])
+            for side in (self.trained[::2], self.trained[1::2])
+        )
+
     def _bias(self) -> torch.Tensor | None:
         if all(p.bias is None for p in self.projections):
             return None
@@ -187,10 +198,12 @@ class Group:
         return x * mask, mask
 
 
-def _rounded(projections: list[Projection], trained: list[torch.Tensor], dtype: torch.dtype) -> list[Projection]:
-    """`projections` with adapters in a 16-bit `dtype`: copies, each A behind the one before, as each B."""
+def _rounded(
+    projections: list[Projection], trained: list[torch.Tensor], dtype: torch.dtype
+) -> tuple[list[Projection], torch.Tensor | None]:
+    """`projections` with adapters in a 16-bit `dtype`: copies in one buffer, all A before all B; and the buffer."""
     if dtype.itemsize != 2 or all(tensor.dtype == dtype for tensor in trained):
-        return projections
+        return projections, None
     order = [*trained[::2], *trained[1::2]]
     flat = torch.empty(sum(t.numel() for t in order), dtype=dtype, device=trained[0].device)
     views = [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in order]), order, strict=True)]
@@ -200,7 +213,7 @@ def _rounded(projections: list[Projection], trained: list[torch.Tensor], dtype: 
     return [
         replace(p, adapters=tuple(a._replace(A=A, B=B) for a, (A, B) in zip(p.adapters, copies, strict=False)))
         for p in projections
-    ]
+    ], flat
 
 
 def read(module: nn.Module) -> Projection:
