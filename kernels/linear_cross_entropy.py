@@ -208,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _find_kept(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     """The rows that count; None for all, if they do, or if nobody may wait for the GPU to say which."""
-    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (labels.device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
         return None
     kept = (labels != ignore_index).nonzero()[:, 0]
     return None if kept.shape[0] == labels.shape[0] else kept

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from fused_case import model_of
+from on_meta import on_meta
 
-from fastkit.models.graphs import MOST, Graphs, lacking
+from fastkit.lab.accounts import account_of
+from fastkit.models.graphs import MOST, Graphs, filled, lacking, told
 from fastkit.models.patch import patch
+from fastkit.models.sequences import Packed, Sequences, begin, ends
 
 
 def losses(model, batches, graphs: bool, accumulation=2):
@@ -110,3 +113,77 @@ def test_what_cannot_be_captured_on_a_gpu(folder):
     dropping = model_of(folder, device="cuda", dtype="bf16", dropout=0.1)
     patch(dropping, "keep")
     assert "dropout" in lacking(dropping)
+
+
+# --- packed rows
+
+
+def test_sequences_end_where_positions_do_not_go_on(fresh_seed):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, -2, -1], [0, 1, 2, 3, 4, 5, 6, 7], [5, 6, 0, 0, 1, 2, 3, 4]])
+    cu_seqlens = ends(begin(positions))
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == [0, 3, 5, 6, 8, 16, 18, 19, 24]
+    row = positions[:1]
+    read = Sequences().read(row, row, 1, 8, None, "flash_attention_2")
+    assert read.cu_seqlens.tolist() == [0, 3, 5, 6, 8] and read.longest == 3
+
+
+@pytest.mark.parametrize(("count", "room"), [(1, 16), (16, 16), (17, 32), (100, 128)])
+def test_the_sequences_of_a_graph_are_filled_up(count, room):
+    cu_seqlens = torch.arange(count + 1, dtype=torch.int32) * 3
+    full = filled(cu_seqlens)
+    assert len(full) == room + 1 and full.dtype == torch.int32
+    assert torch.equal(full[: count + 1], cu_seqlens) and (full[count + 1 :] == 3 * count).all()
+
+
+@pytest.mark.parametrize(
+    ("arch", "packed", "compute"),
+    [("llama", False, "auto"), ("qwen2", True, "auto"), ("llama", False, "fp8"), ("qwen3", True, "fp8")],
+)
+def test_nothing_of_a_captured_pass_waits_for_the_gpu(folder, arch, packed, compute):
+    """On meta tensors, with the launches that a GPU would see. Launch by launch, a pass does wait."""
+    model, ids = model_of(folder, arch), torch.zeros(2, 64, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "labels": ids} | ({"position_ids": ids} if packed else {})
+    sequences = Packed(torch.zeros(17, dtype=torch.int32, device="meta"), 64) if packed else None
+    accounts = []
+    for capturing in (True, False):
+        with on_meta(model, capturing):
+            patch(model, "keep", compute=compute)
+            with told(model, sequences):
+                accounts.append(account_of(lambda: model(**inputs, use_cache=False).loss.backward()))
+    captured, launched = accounts
+    assert not captured.waits and launched.waits
+    names = [launch.name for launch in captured.launches]
+    assert names.count("_merge_kernel") == 4 * 7 - 3  # nothing asks for the first layer's input's gradient
+    assert ("_quantize_kernel" in names) == (compute == "fp8")
+    attention = [launch for launch in captured.launches if launch.name == "_backward_dq_kernel"]
+    assert len(attention) == 2
+
+
+def packed_batches(count, width=96):
+    """Rows of sequences of random lengths, the last one's end padded."""
+    for _ in range(count):
+        lengths = [sorted(torch.randint(1, width, (3,)).tolist()) for _ in range(2)]
+        rows = [torch.tensor([0, *row]).diff().tolist() for row in lengths]
+        ids = torch.randint(3, 250, (2, width))
+        labels, positions = torch.full_like(ids, -100), torch.empty_like(ids)
+        for row, parts in enumerate(rows):
+            positions[row] = torch.cat([*map(torch.arange, parts), torch.arange(sum(parts) - width, 0)])
+            labels[row] = torch.where(positions[row] > 0, ids[row], -100)
+        yield {name: x.cuda() for name, x in (("input_ids", ids), ("labels", labels), ("position_ids", positions))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize("compute", ["auto", "fp8"])
+def test_packed_rows_in_a_graph(folder, fresh_seed, arch, compute):
+    model = model_of(folder, arch, device="cuda", dtype="bf16")
+    other = copy.deepcopy(model)
+    for each in (model, other):
+        patch(each, "keep", compute=compute)
+    batches = list(packed_batches(8))
+    captured, after, graphs = losses(model, batches, graphs=True)
+    launched, expected, _ = losses(other, batches, graphs=False)
+    assert len(graphs.captured) == 1
+    assert captured == pytest.approx(launched, rel=2e-3)
+    for ours, theirs in zip(after, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-3)

@@ -6,9 +6,12 @@ holds the launches with their addresses. So what it reads must stay where it is:
 own, the adapters are updated in place (as optimizers do), and gradients are added to buffers of its own, which
 parameters have as their `grad`; so accumulating, clipping and any schedule go on outside as they were.
 
+Packed rows are captured too. Where their sequences end is read on the host before each pass and copied into a tensor of
+the graph's own, filled up with sequences of no tokens; `longest` is the row, for which the launch has blocks enough.
+
 Not in a graph: dropout, whose masks would be the same in every step; offloading, which a small batch does not need;
-attention masks and the positions of packed rows, which are read on the host. A batch padded on the right needs no mask
-under causal attention: leave it out.
+attention masks, which are read on the host. A batch padded on the right needs no mask under causal attention: leave it
+out.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +22,11 @@ import torch.distributed as dist
 from torch import nn
 
 from fastkit.models.patch import fused_layers
+from fastkit.models.sequences import Packed, begin, ends
 
+SMALL = 1.5e13  # parameters times tokens of a pass, up to which launches take longer than what they launch: see above
 MOST = 8  # shapes that are captured; others run launch by launch
+FEWEST_SEQUENCES = 16  # that a graph of packed rows has room for; from there on, powers of two
 
 Inputs = dict[str, torch.Tensor]
 
@@ -40,6 +46,8 @@ def lacking(model: nn.Module) -> str:
         return "its plan offloads"
     if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         return "it has dropout, whose masks would be the same in every step"
+    if any(layer.checkpointed() for layer in layers):
+        return "transformers checkpoints its activations, which is its plan's part"
     return ""
 
 
@@ -60,30 +68,39 @@ class Graphs:
         self.gradients = [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
         self.seen, self.captured = set(), {}
         self.pool = torch.cuda.graph_pool_handle()
-        self._where = self._addresses()
+        self._captured_under = None
 
     def run(self, compute: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
         """The loss, detached, of compute(inputs); compute must read nothing else that changes.
 
-        Raises ValueError for inputs that are read on the host.
+        With `position_ids` [B, T] among them, rows are packed, as `Sequences` reads it of positions: a sequence begins
+        where they do not go on. Raises ValueError for an attention mask.
         """
-        if read := {"attention_mask", "position_ids"} & inputs.keys():
-            raise ValueError(
-                f"a captured step takes no {' and no '.join(sorted(read))}: leave it out, see fastkit.models.graphs"
-            )
-        if self._where != self._addresses():  # somebody moved the adapters: what was captured reads the old place
+        if "attention_mask" in inputs:
+            raise ValueError("a captured step takes no attention_mask: leave it out, see fastkit.models.graphs")
+        plans = [layer.plan for layer in fused_layers(self.model)]
+        if any(plan is not None and plan.offload for plan in plans):  # since memory ran out, it may be
             self.captured.clear()
-            self._where = self._addresses()
+            self._attach()
+            return self._pass(compute, inputs)
+        if (now := (self._addresses(), plans)) != self._captured_under:  # what was captured is another step
+            self.captured.clear()
+            self._captured_under = now
         self._attach()
-        kind = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(inputs.items()))
+        kind, ended = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(inputs.items())), None
+        if "position_ids" in inputs:
+            ended = filled(ends(begin(inputs["position_ids"])))
+            kind += (len(ended),)
         if kind not in self.captured:
             if kind not in self.seen or len(self.captured) == MOST:
                 self.seen.add(kind)
                 return self._pass(compute, inputs)
-            self.captured[kind] = self._capture(compute, inputs)
-        graph, own, loss = self.captured[kind]
+            self.captured[kind] = self._capture(compute, inputs, ended)
+        graph, own, own_ended, loss = self.captured[kind]
         for name, x in inputs.items():
             own[name].copy_(x)
+        if ended is not None:
+            own_ended.copy_(ended)
         graph.replay()
         return loss.clone()
 
@@ -94,24 +111,14 @@ class Graphs:
         torch._foreach_add_(*map(list, zip(*found, strict=True)))
         return loss.detach()
 
-    def _capture(self, compute, inputs: Inputs):
-        """(the graph, its inputs, its loss); capturing runs nothing."""
+    def _capture(self, compute, inputs: Inputs, ended: torch.Tensor | None):
+        """(the graph, its inputs, its cu_seqlens, its loss); capturing runs nothing."""
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+        packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
         torch.cuda.synchronize()
-        with self._unread(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with told(self.model, packed), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self._pass(compute, own)  # thread_local: other threads may pin memory
-        return graph, own, loss
-
-    @contextmanager
-    def _unread(self) -> Iterator[None]:
-        every = [layer.shared.sequences for layer in fused_layers(self.model)]
-        for sequences in every:
-            sequences.unread = True
-        try:
-            yield
-        finally:
-            for sequences in every:
-                sequences.unread = False
+        return graph, own, packed and packed.cu_seqlens, loss
 
     def _attach(self) -> None:
         """Have each parameter's `grad` be its buffer; empty where there was none."""
@@ -126,3 +133,24 @@ class Graphs:
 
     def _addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters]
+
+
+@contextmanager
+def told(model: nn.Module, packed: Packed | None) -> Iterator[None]:
+    """The fused layers of `model` read no masks, and take its rows for `packed`."""
+    every = [layer.shared.sequences for layer in fused_layers(model)]
+    for sequences in every:
+        sequences.unread, sequences.told = True, packed
+    try:
+        yield
+    finally:
+        for sequences in every:
+            sequences.unread, sequences.told = False, None
+
+
+def filled(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens with empty sequences after the last, so that there are FEWEST_SEQUENCES times a power of two."""
+    room = FEWEST_SEQUENCES
+    while room < len(cu_seqlens) - 1:
+        room *= 2
+    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(room + 1 - len(cu_seqlens))])

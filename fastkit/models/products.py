@@ -112,12 +112,12 @@ class FP8Group(Group):
     def _product(self, x: FP8Rows | torch.Tensor, w8, scale, bias: torch.Tensor | None) -> torch.Tensor:
         """x @ (w8 * scale[:, None]).T + bias [M, rows of w8], a new tensor of the compute dtype."""
         x8, x_scale = x if isinstance(x, FP8Rows) else pieces.quantized(x)
-        if x8.device.type == "cuda":
-            return torch._scaled_mm(
-                x8, w8.T, x_scale[:, None], scale[None, :], bias=bias, out_dtype=self.dtype, use_fast_accum=True
-            )
-        y = (x8.float() * x_scale[:, None]) @ (w8.float() * scale[:, None]).T
-        return (y if bias is None else y + bias).to(self.dtype)
+        if x8.device.type == "cpu":
+            y = (x8.float() * x_scale[:, None]) @ (w8.float() * scale[:, None]).T
+            return (y if bias is None else y + bias).to(self.dtype)
+        return torch._scaled_mm(
+            x8, w8.T, x_scale[:, None], scale[None, :], bias=bias, out_dtype=self.dtype, use_fast_accum=True
+        )
 
 
 GROUPS = {"auto": Group, "fp8": FP8Group}  # by what `patch` calls compute

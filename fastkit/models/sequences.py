@@ -32,10 +32,11 @@ class Sequences:
     """Reads masks, and remembers what it read as long as the mask lives.
 
     unread   masks are not read: in the capture of a CUDA graph, when the host cannot wait for one, and transformers
-             makes a causal one if it is given none
+             makes one whatever it is given
+    told     what `read` then returns
     """
 
-    unread = False
+    unread, told = False, None
 
     def __init__(self):
         self._known = WeakIdKeyDictionary()
@@ -47,10 +48,12 @@ class Sequences:
 
         implementation: the model's `_attn_implementation`. Raises Refusal for what is neither.
         """
+        if self.unread:
+            return self.told
         by_flash = implementation.startswith("flash_attention")
         if mask is None and by_flash and B == 1:  # then transformers takes packed sequences from the positions
             mask = position_ids
-        if mask is None or self.unread:
+        if mask is None:
             return None
         if not isinstance(mask, torch.Tensor):
             raise Refusal(f"the attention mask is a {type(mask).__name__}")
@@ -69,7 +72,7 @@ def _read(mask: torch.Tensor, positions: bool, B: int, T: int, window: int | Non
     first[:, 0] = True
     if positions:
         real = torch.ones_like(first)
-        first[:, 1:] = mask.diff(dim=1) != 1
+        first = begin(mask)
     elif mask.shape == (B, T):  # what flash attention is given
         real = mask.bool()
     elif mask.dim() == 4 and mask.shape[1:] == (1, T, T) and mask.shape[0] in (1, B):
@@ -89,9 +92,21 @@ def _read(mask: torch.Tensor, positions: bool, B: int, T: int, window: int | Non
         return Refusal("an attention mask that is neither causal, nor padding, nor packing")
     if not later:
         return None
-    starts = first.flatten().nonzero().squeeze(1)
-    cu_seqlens = torch.cat([starts, starts.new_tensor([B * T])]).to(torch.int32)
+    cu_seqlens = ends(first)
     return Packed(cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def begin(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens [B, T] begin a sequence: the first of a row, and each whose position does not follow the last."""
+    first = torch.ones_like(position_ids, dtype=torch.bool)
+    first[:, 1:] = position_ids.diff(dim=1) != 1
+    return first
+
+
+def ends(first: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens of `Packed`, of which tokens begin one. A GPU is waited for."""
+    starts = first.flatten().nonzero().squeeze(1)
+    return torch.cat([starts, starts.new_tensor([first.numel()])]).to(torch.int32)
 
 
 def _agrees(seen: torch.Tensor, real: torch.Tensor, first: torch.Tensor, window: int | None) -> torch.Tensor:

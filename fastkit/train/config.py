@@ -59,6 +59,11 @@ class FinetuneConfig:
         "lay records end to end in rows of up to max_length tokens, none seeing another: a step then holds batch_size "
         "rows, so more records, and an epoch fewer steps; auto: where layers are fused on a GPU",
     )
+    graphs: Literal["auto", "on", "off"] = flag(
+        "off",
+        "launch forward and backward as one CUDA graph, for passes so small that the GPU waits for Python: fused "
+        "layers, packed rows, one process, no offloading; auto: where that is so",
+    )
     gradient_checkpointing: bool | None = flag(None, "recompute activations; default: only above 1B parameters")
     kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
     plan: str = flag(
@@ -112,6 +117,8 @@ class FinetuneConfig:
             raise FastkitError("--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto")
         if self.compute == "fp8" and self.dropout:
             raise FastkitError(f"--compute fp8 has the adapters in the weights: leave out --dropout {self.dropout}")
+        if self.graphs == "on" and (self.plan == "off" or self.packing == "off"):
+            raise FastkitError("--graphs on is for fused layers and rows of one length: add --plan auto --packing on")
         if self.budget is not None:
             parse_bytes(self.budget)
         if not 0 < self.validation_fraction < 1:

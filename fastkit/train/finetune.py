@@ -10,7 +10,7 @@ from transformers import TrainerCallback, set_seed
 
 from fastkit.errors import FastkitError
 from fastkit.lab.device import card, has_triton, peak_gib, reset_peak, versions
-from fastkit.models import add_lora, budget, load
+from fastkit.models import add_lora, budget, graphs, load
 from fastkit.models.chat import answer
 from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
@@ -96,6 +96,7 @@ class FineTune:
         self.device = device
         if use_kernels:
             self._patch()
+        captured = self._captures()
         self.folder = processes.by_first(lambda: run_folder.claim(config))
         columns = ["input_ids", "labels"]
         self.trainer = trainer_.build(
@@ -103,8 +104,9 @@ class FineTune:
             self.model,
             self.train_set.select_columns(columns),
             self.validation_set.select_columns(columns),
-            (packing.RowCollator if config.packing == "on" else data.Collator)(self.tokenizer.pad_token_id),
+            self._collator(captured),
             self.dtype,
+            captured,
         )
         if config.packing == "on" and processes.is_first():
             print(self.trainer.order)
@@ -113,6 +115,7 @@ class FineTune:
             "processes": processes.count(),
             "versions": versions(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "graphs": captured,
             "data": {"train": data.describe(self.train_set), "validation": data.describe(self.validation_set)},
             "parameters": self._parameters(),
             "before": self.evaluate(),
@@ -135,6 +138,7 @@ class FineTune:
         start = time.perf_counter()
         with self._out_of_memory():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.trainer.graphs = None  # and the memory that they hold
         state = self.trainer.state
         tokens, places = (int(processes.total(seen)) for seen in (self.trainer.tokens_seen, self.trainer.places_seen))
         training, validation = curves(state.log_history)
@@ -206,6 +210,29 @@ class FineTune:
         if self.config.packing == "auto":
             self.config.packing = "on" if kernels_on_gpu and self.config.plan != "off" else "off"
         self.metrics["config"]["packing"] = self.config.packing
+
+    def _captures(self) -> bool:
+        """Whether passes are launched as CUDA graphs. Raises FastkitError where they should be and cannot."""
+        config, wanted = self.config, self.config.graphs
+        if wanted == "off":
+            return False
+        why = graphs.lacking(self.model)
+        if not why and config.packing == "off":
+            why = "its batches are of several lengths, without --packing on"
+        if not why and config.gradient_checkpointing:
+            why = "leave --gradient_checkpointing to its plan"
+        if not why and config.private:
+            why = "--private overwrites memory that a graph holds on to"
+        if why and wanted == "on":
+            raise FastkitError(f"--graphs on: a step of this model cannot be captured: {why}")
+        tokens, parameters = config.batch_size * config.max_length, self.model.get_base_model().num_parameters()
+        return not why and (wanted == "on" or tokens * parameters <= graphs.SMALL)
+
+    def _collator(self, captured: bool) -> data.Collator:
+        pad = self.tokenizer.pad_token_id
+        if self.config.packing == "off":
+            return data.Collator(pad)
+        return packing.RowCollator(pad, self.config.max_length if captured else None)
 
     def _patch(self) -> None:
         """Let the model learn through the kernels, its layers under the plan that the settings ask for."""

@@ -125,12 +125,20 @@ class RowCollator(data.Collator):
     The call takes a list of rows, lists of {input_ids, labels}, and returns what `data.Collator` does, with
     `position_ids` for `attention_mask`: from 0 in each record, and below 0 in padding, by which it can be told. A
     record alone is a row of its own, and empty rows are left out; where all are empty, the batch is one padding token.
+
+    width   of every batch, for CUDA graphs: then rows come in one length, with no `logits_to_keep` or `shift_labels`
     """
+
+    def __init__(self, pad_token_id: int, width: int | None = None):
+        super().__init__(pad_token_id, width)
+        self.width = width
 
     def __call__(self, rows: Sequence[list[dict] | dict]) -> dict[str, torch.Tensor]:
         rows = [row if isinstance(row, list) else [row] for row in rows]
         empty = {"input_ids": [self.pad_token_id], "labels": [data.IGNORE]}
         batch = super().__call__([_laid(row) for row in rows if row] or [empty])
+        if self.width:
+            del batch["logits_to_keep"], batch["shift_labels"]
         lengths = [[len(record["input_ids"]) for record in row] for row in rows if row] or [[]]
         width = batch.pop("attention_mask").shape[1]
         batch["position_ids"] = torch.stack(

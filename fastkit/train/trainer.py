@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from fastkit.models.graphs import Graphs
 from fastkit.train import packing, processes, sharding
 from fastkit.train.callbacks import Watch
 from fastkit.train.config import FinetuneConfig
@@ -35,27 +36,42 @@ class QLoRATrainer(Trainer):
       `places_seen` those with padding.
     * Several processes see the records that one would with batches as large as theirs together; each record once.
     * A step that runs out of GPU memory begins again under leaner plans (see `Retry`).
+    * With `graphs` passes are launched as CUDA graphs (see `models/graphs.py`), which add the gradients themselves.
     * With `sharded` the model is in parts (see `sharding`) from the start of training; checkpoints are whole.
     """
 
     _staging: Path | None = None
 
-    def __init__(self, *args, order: Sampler, sharded: bool, **kwargs):
+    def __init__(self, *args, order: Sampler, sharded: bool, graphs: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.order, self.sharded = order, sharded
         if sharded:  # the model comes wrapped already: accelerate leaves out DDP
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True, device_placement=False)
         self.retry = Retry(self.accelerator.unwrap_model(self.model))
+        self.graphs = Graphs(self.accelerator.unwrap_model(self.model)) if graphs else None
         self.tokens_seen, self.places_seen = torch.zeros(2, dtype=torch.int64, device=self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens_seen += _tokens(inputs).to(self.tokens_seen.device)  # without a sync
         self.places_seen += inputs["input_ids"].numel()
-        one_pass = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        one_pass = super().training_step if self.graphs is None else self._captured_step
+        one_pass = functools.partial(one_pass, model, num_items_in_batch=num_items_in_batch)
         if processes.count() > 1:  # a step that one process alone began anew would leave the others waiting
             return one_pass(inputs)
         return self.retry.run(self.state.global_step, one_pass, inputs)
+
+    def _captured_step(self, model, inputs, num_items_in_batch):
+        """`training_step`, by `graphs`."""
+        model.train()
+        items = torch.as_tensor(num_items_in_batch, device=self.args.device).reshape(())
+
+        def compute(inputs):
+            inputs = dict(inputs)
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, inputs, num_items_in_batch=inputs.pop("items"))
+
+        return self.graphs.run(compute, self._prepare_inputs(inputs) | {"items": items})
 
     @torch.no_grad()
     def evaluation_loop(
@@ -195,15 +211,15 @@ def _evened(dataset, config: FinetuneConfig):
     return dataset if processes.count() == 1 else filled(dataset, config.batch_size * processes.count())
 
 
-def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype) -> QLoRATrainer:
-    """The trainer of `config` over tokenized datasets."""
+def build(config: FinetuneConfig, model, train, validation, collator, dtype: torch.dtype, graphs: bool) -> QLoRATrainer:
+    """The trainer of `config` over tokenized datasets; graphs: whether passes are launched as CUDA graphs."""
     device = model.device
     per_step = config.batch_size * config.accumulation * processes.count()
     train, order = _ordered(config, model, train, per_step)
     steps = config.steps if config.steps > 0 else max(1, int(-(-len(order) // per_step) * config.epochs))
     eval_steps = config.eval_steps or max(1, steps // 8)
     large = model.base_model.model.num_parameters() > 1e9
-    checkpointing = large if config.gradient_checkpointing is None else config.gradient_checkpointing
+    checkpointing = (large and not graphs) if config.gradient_checkpointing is None else config.gradient_checkpointing
     known = TrainingArguments.__dataclass_fields__  # transformers 5.23 renamed gradient_ to activation_checkpointing
     prefix = "activation" if "activation_checkpointing" in known else "gradient"
     args = TrainingArguments(
@@ -250,6 +266,7 @@ def build(config: FinetuneConfig, model, train, validation, collator, dtype: tor
         eval_dataset=_evened(by_length(validation), config),  # less padding; their order changes no loss
         order=order,
         sharded=config.strategy == "fsdp2" and processes.count() > 1,
+        graphs=graphs,
         callbacks=[Watch(config.patience)],
     )
     for default in (PrinterCallback, ProgressCallback):

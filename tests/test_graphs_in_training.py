@@ -1,0 +1,50 @@
+"""--graphs: a fine-tune whose passes are launched as CUDA graphs."""
+
+import pytest
+from test_trainer import inputs, train  # noqa: F401  a fixture
+
+from fastkit.errors import FastkitError
+from fastkit.train.config import FinetuneConfig
+from fastkit.train.packing import RowCollator
+
+
+def test_rows_of_one_length(fresh_seed):
+    rows = [[{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}], []]
+    batch = RowCollator(0, width=16)(rows)
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert all(x.shape == (1, 16) for x in batch.values())
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, *range(-11, 0)]
+    assert batch["labels"][0].tolist() == [-100, 6, 7, -100, 9] + 11 * [-100]
+
+
+@pytest.mark.parametrize("flags", [{"plan": "off"}, {"plan": "keep", "packing": "off"}])
+def test_graphs_need_fused_layers_and_packed_rows(flags):
+    with pytest.raises(FastkitError, match="--graphs on is for fused layers and rows of one length"):
+        FinetuneConfig(graphs="on", **flags).check()
+
+
+@pytest.mark.parametrize("graphs", ["on", "auto"])
+def test_where_a_run_cannot_be_captured(inputs, tmp_path, references, graphs):  # noqa: F811
+    settings = dict(graphs=graphs, plan="keep", packing="on", kernels="on", steps=1)
+    if graphs == "auto":
+        assert not train(inputs, tmp_path / "run", **settings)["graphs"]
+        return
+    with pytest.raises(FastkitError, match="--graphs on: a step of this model cannot be captured: it is not on a GPU"):
+        train(inputs, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_a_run_by_graphs_learns_the_same(inputs, tmp_path):  # noqa: F811
+    settings = dict(device="cuda", plan="keep", packing="on", max_length=128, batch_size=1, accumulation=2, steps=8)
+    apart = train(inputs, tmp_path / "apart", **settings)
+    captured = train(inputs, tmp_path / "captured", graphs="on", **settings)
+    assert captured["graphs"] and not apart["graphs"] and captured["tokens"] == apart["tokens"]
+    for name in ("losses", "validation_losses"):
+        ours, theirs = ([loss for _, loss in run[name]] for run in (captured, apart))
+        assert ours == pytest.approx(theirs, rel=5e-3), name
+    resumed = tmp_path / "resumed"
+    train(inputs, resumed, graphs="on", **settings | {"steps": 4, "schedule": "constant"})
+    whole = train(inputs, tmp_path / "whole", graphs="on", **settings | {"schedule": "constant"})
+    again = train(inputs, resumed, graphs="on", resume=True, **settings | {"schedule": "constant"})
+    assert again["losses"][-1][1] == pytest.approx(whole["losses"][-1][1], rel=5e-3)
