@@ -16,6 +16,7 @@ from fastkit.lab import results
 from fastkit.lab.device import card, lane
 from fastkit.lab.plots.paper import Picture, unknown
 from fastkit.lab.plots.prediction import prediction
+from fastkit.lab.turns import turn
 
 FEATURES = {  # what it is called, and the first of NVIDIA's architectures to have it
     "bf16": ("bfloat16 arithmetic", 80),
@@ -63,13 +64,19 @@ def measured(name: str, measure: Callable[[], list[dict]]) -> Measurement:
 
     name  of the recorded result, which begins with the notebook's number: "03_strided_copy"
 
-    With FASTKIT_RECORD=1 in the environment, what a GPU gives is recorded in data/results.
+    One process at a time measures on a GPU (see `turns`). With FASTKIT_RECORD=1 in the environment, what a GPU gives is
+    recorded in data/results.
     """
-    if lane() == "gpu" and (rows := measure()):
+    if lane() == "gpu" and (rows := _in_turn(measure)):
         if os.environ.get("FASTKIT_RECORD") == "1":
             results.record(name, rows, f"FASTKIT_RECORD=1 papermill notebooks/{name[:2]}_*.ipynb out.ipynb")
         return Measurement(name, rows, f"measured now on {card()['name']}")
     return recall(name)
+
+
+def _in_turn(measure: Callable[[], list[dict]]) -> list[dict]:
+    with turn():
+        return measure()
 
 
 def recall(name: str) -> Measurement:
