@@ -23,7 +23,8 @@ What the backward reads is x, rstd, q, k, v, o, lse, and n, which is computed ag
 projection is computed again only where the plan keeps nothing but x, and y is the other half's input: see `again`.
 
 Kept: x and rstd; q, k and v unless the plan computes them again, by one product; o and lse unless it attends again. q,
-k and v are kept as attention reads them; where they have norms, as these read them, and turned anew.
+k and v are kept as attention reads them; where they have norms, as these read them, and turned anew. W_qkv, written to
+compute them again, is held until dn is computed.
 
 Casts: x, y and dx have the residual stream's dtype, everything between the norm and o the compute dtype.
 """
@@ -91,10 +92,11 @@ class AttentionHalf(Half):
         of_qkv, of_o = needed[: len(self.qkv.parameters())], needed[len(self.qkv.parameters()) :]
         dy_c = dy.to(self.o.dtype)
         inner = x_grad or weight_grad or any(of_qkv)
-        turned = qkv is not None and self.qk_norms is None  # kept, with RoPE applied
+        turned, W = qkv is not None and self.qk_norms is None, None  # kept, with RoPE applied
         if inner or attended is None:
             if qkv is None:
-                qkv, _ = self._project(x)
+                W = self.qkv.weight_both_ways() if self.plan.holds and (x_grad or weight_grad) else None
+                qkv, _ = self._project(x, W)
             q, k, v = self._split(qkv) if turned else self._heads(qkv)
             if attended is None:  # the other half did not ask for `again`
                 attended = pieces.attend(q, k, v, self.options)
@@ -118,14 +120,14 @@ class AttentionHalf(Half):
             del n
         dx = dweight = None
         if x_grad or weight_grad:
-            dn = self.qkv.input_gradient(dqkv)
-            del dqkv, dq, dk, dv
+            dn = self.qkv.input_gradient(dqkv, W)
+            del dqkv, dq, dk, dv, W
             dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + o_gradients
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, x: torch.Tensor, W: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         n, rstd = pieces.norm(x, self.norm, self.qkv.factors)
-        return self.qkv.forward(n), rstd
+        return self.qkv.forward(n, W=W), rstd
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v [B, heads, T, D] as attention reads them: turned in place, or normed and turned beside qkv."""

@@ -11,9 +11,9 @@ half's backward holds for a while:
                 cuDNN's own gradients, a sum for dq in fp32         M (Q + 2 N) + 2 M Q
                 W_qkv and n or dn                                   (Q + 2 N) K + M K
 
-and x, dy. The MLP's forward holds less, but where a plan offloads, what was kept is there on its way out. In FP8 a
-number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da; when W_gu is written,
-gate and up are gone.
+and x, dy; where gate and up, or q, k and v, are computed again, W_gu and W_qkv from then on. The MLP's forward holds
+less, but where a plan offloads, what was kept is there on its way out. In FP8 a number of W is one byte, dy is there in
+FP8 too, and so are the gradients of gate and up, over da; when W_gu is written, gate and up are gone.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
 the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
@@ -90,13 +90,16 @@ class Shape:
     def transient(self, M: int, plan: Plan) -> int:
         """The most bytes that a layer's backward holds beside what was kept."""
         K, Q, N, s = self.hidden, self.queries, self.keys, self.itemsize
-        mlp = self._mlp(-(-M // plan.chunks), plan.gate_up)
+        mlp = self._mlp(-(-M // plan.chunks), plan.gate_up, plan.holds)
         if plan.chunks > 1:
             mlp += 2 * M * K * s  # the parts of dx, and the whole
         qkv = M * (Q + 2 * N)
         attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q) * s
-        product = M * K * s + (Q + 2 * N) * K * self.factor
-        attention += max(product, qkv * s + 4 * M * Q)  # or cuDNN's own dq, dk and dv, and a sum for dq in fp32
+        product, W_qkv = M * K * s, (Q + 2 * N) * K * self.factor
+        held = W_qkv if plan.holds and plan.attention and not plan.qkv and not self.fp8 else 0
+        attention += max(
+            product + W_qkv, qkv * s + 4 * M * Q + held
+        )  # cuDNN's own dq, dk, dv, and a sum for dq in fp32
         attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
             mlp += (qkv + M * Q + M * K) * s
@@ -117,12 +120,13 @@ class Shape:
         most = max(gate_up, hidden + m * I * self.factor, down)
         return before + own, most + M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
 
-    def _mlp(self, m: int, kept: bool) -> int:
-        """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not."""
+    def _mlp(self, m: int, kept: bool, holds: bool) -> int:
+        """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not, W_gu held or not."""
         K, I, s = self.hidden, self.intermediate, self.itemsize
         gate_up, da, n = 2 * m * I * s, m * I * s, m * K * s
         if not self.fp8:
-            most = gate_up + max(K * I * s + da, 2 * I * K * s + n)
+            W_gu = 2 * I * K * s
+            most = gate_up + max(K * I * s + da + (W_gu if holds and not kept else 0), W_gu + n)
         else:  # in the last, gate and up are gone
             most = max(gate_up + da + max(K * I + m * K, n), da + 2 * I * K + n)
         return most - (gate_up if kept else 0)

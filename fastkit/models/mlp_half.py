@@ -22,8 +22,9 @@ g and u in hand. y itself is in none of it, so the down projection is never comp
 Kept: x and rstd; g and u unless the plan computes them again, by one product. Under the plan that does not keep x
 either, `again` is asked for it: the first half's forward, whose result x was.
 
-Every row of all this is one token's, and the adapters' gradients are sums over tokens. So a plan may send the tokens
-through in chunks, each with its own W_gu and W_d, which are written again rather than held.
+W_gu, written to compute g and u again, is held until dn is computed. But every row of all this is one token's, and the
+adapters' gradients are sums over tokens. So a plan may send the tokens through in chunks, each with its own W_gu and
+W_d, which are then written each time rather than held.
 
 Casts: x, y and dx have the residual stream's dtype, everything between the norm and down the compute dtype.
 """
@@ -88,10 +89,11 @@ class MLPHalf(Half):
     def _backward(self, dy, x, rstd, x_grad, weight_grad, needed):
         hidden, self.hidden = self.hidden, None
         of_gate_up, of_down = needed[: len(self.gate_up.parameters())], needed[len(self.gate_up.parameters()) :]
-        inner = x_grad or weight_grad
+        inner, W = x_grad or weight_grad, None
         if hidden is None:
             n, _ = pieces.norm(x, self.norm, self.gate_up.factors)
-            hidden = self.gate_up.forward(n)
+            W = self.gate_up.weight_both_ways() if inner and self.plan.holds else None
+            hidden = self.gate_up.forward(n, W=W)
             del n
 
         dy_c = dy.to(self.down.dtype)
@@ -114,8 +116,8 @@ class MLPHalf(Half):
         del dhidden
         dx = dweight = None
         if inner:
-            dn = self.gate_up.input_gradient(factor)
-            del factor
+            dn = self.gate_up.input_gradient(factor, W)
+            del factor, W
             dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + down_gradients
 

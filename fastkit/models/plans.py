@@ -15,7 +15,7 @@ query columns Q = 4096, key columns N = 1024, intermediate size I = 14336; o com
 
 Any of them may send what it keeps to host memory (`keeping.py`): "recompute-mlp-qkv+offload" then holds next to nothing
 of a layer on the device, and computes no more again than without. "leanest" is that with the MLP computed for a quarter
-of the tokens at a time, so that gate and up of all tokens never exist.
+of the tokens at a time, so that gate and up of all tokens never exist, and no weight held for a second product.
 """
 
 from dataclasses import dataclass, replace
@@ -42,6 +42,11 @@ class Plan:
     gate_up: bool
     offload: bool = False
     chunks: int = 1
+
+    @property
+    def holds(self) -> bool:
+        """Whether a weight that is written to compute something again is held until its gradient's product."""
+        return self.chunks == 1
 
 
 _ON_DEVICE = (

@@ -80,13 +80,16 @@ class FP8Group(Group):
         if dtype != torch.bfloat16 and projections[0].weight.device.type == "cuda":
             raise FastkitError(f'compute="fp8" gives bfloat16, and the model computes in {dtype}: use bfloat16')
 
-    def forward(self, x: FP8Rows | torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def weight_both_ways(self) -> None:
+        """W8 and V8 are two."""
+
+    def forward(self, x: FP8Rows | torch.Tensor, residual: torch.Tensor | None = None, W: None = None) -> torch.Tensor:
         y = self._product(x, *self.weight_fp8(transposed=False), self._bias())
         if residual is None:
             return y
         return y.add_(residual) if residual.dtype == y.dtype else residual + y
 
-    def input_gradient(self, dy: FP8Rows | torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, dy: FP8Rows | torch.Tensor, W: None = None) -> torch.Tensor:
         return self._product(dy, *self.weight_fp8(transposed=True), None)
 
     def weight_fp8(self, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,9 +117,15 @@ class Group:
             projection.merged(self.dtype, not self.dropout, rows)
         return W
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """y, or residual + y in residual's dtype, in a new tensor."""
-        W, bias = self.weight(), self._bias()
+    def weight_both_ways(self) -> torch.Tensor | None:
+        """The weight, for `forward` and `input_gradient` of one backward; None where these take different ones."""
+        return self.weight()
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, W: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y, or residual + y in residual's dtype, in a new tensor. W: of `weight_both_ways`, if it is there already."""
+        W, bias = self.weight() if W is None else W, self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
             y = torch.addmm(residual, x, W.T)
             y = y if bias is None else y.add_(bias)
@@ -130,9 +136,9 @@ class Group:
                 y_i.addmm_(z @ A.T, B.T, alpha=scaling)
         return y if residual is None or residual.dtype == self.dtype else residual + y
 
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        """dx [M, K], a new tensor."""
-        dx = dy @ self.weight()
+    def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None) -> torch.Tensor:
+        """dx [M, K], a new tensor. W as in `forward`."""
+        dx = dy @ (self.weight() if W is None else W)
         if self.dropout:
             for dy_i, (_, A, B, scaling), _, mask in self._each(dx, dy):
                 dropped = (dy_i @ B) @ A
