@@ -9,6 +9,9 @@ so that x8 * scale is x to one part in 16 of each number, or 2**-10 of scale, an
 x @ w.T with w8 and scale_w of `kernels/merged_dequantize.py`. As each row has a scale of its own, a token whose
 gradients are small loses no more than one whose are large.
 
+A product of such rows and a weight of one scale can leave their scales to whoever reads its result, if that kernel can
+multiply (`swiglu_fp8.py`). For others `launch_scaled` does it, in the pass that adds the residual, or in place.
+
 The largest number of a row must be known before the first is written, so a program walks along its rows twice. The
 second walk finds its numbers in registers, where a row fits one block, or else in the cache. `rms_norm_fp8.py` and
 `swiglu_fp8.py` write such rows themselves: nothing then reads them once more to quantize them.
@@ -91,13 +94,47 @@ def launch(x, x8, scale, **tiling) -> None:
         _quantize_kernel[(-(-M // tiling["BLOCK_M"]),)](x, x8, scale, M, N, x.stride(0), x8.stride(0), **tiling)
 
 
+@triton.jit
+def _scaled_kernel(
+    x_ptr, scale_ptr, residual_ptr, y_ptr,
+    M, N, stride_xm, stride_residualm, stride_ym,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+):  # fmt: skip
+    """One program writes BLOCK_M rows of BLOCK_N columns."""
+    rows = (tl.program_id(0) // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]
+    cols = tl.program_id(0) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = x * tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    if residual_ptr is not None:
+        residual = residual_ptr + rows[:, None] * stride_residualm + cols[None, :]
+        y += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows[:, None] * stride_ym + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_scaled(x, scale, residual, y, **tiling) -> None:
+    """Write y = x * scale + residual [M, N], rounded once; scale [M], fp32; residual may be None, and y may be x.
+
+    Rows may be any stride apart. `tiling` overrides those of `row_tiling`.
+    """
+    M, N = x.shape
+    if M * N == 0:
+        return
+    tiling, stride_residualm = row_tiling(N) | tiling, 0 if residual is None else residual.stride(0)
+    with device_of(x):
+        _scaled_kernel[(-(-M // tiling["BLOCK_M"]) * tiling["BLOCKS_N"],)](
+            x, scale, residual, y, M, N, x.stride(0), stride_residualm, y.stride(0), **tiling
+        )
+
+
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
     M, empty = 8192, functools.partial(torch.empty, device="meta")  # 4 sequences of 2,048 tokens
+    x = empty(M, 4096, dtype=dtype)
     return {  # Mistral-7B: o and dy; the gradients of q, k and v; those of gate and up
         f"rows of {M}x{N}": functools.partial(launch, empty(M, N, dtype=dtype), empty(M, N, dtype=FP8), empty(M))
         for N in (4096, 6144, 28672)
-    }
+    } | {f"scaled {M}x4096": functools.partial(launch_scaled, x, empty(M), x, x)}
 
 
 def quantize_rows_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

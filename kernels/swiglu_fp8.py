@@ -1,16 +1,19 @@
-"""SwiGLU whose results are rows in FP8, each with a scale of its own, for products that take them so.
+"""SwiGLU between products in FP8: it takes their results before their scales, and gives rows that the next takes.
 
 Forward and backward are those of `swiglu.py`, y8 and scale as in `fp8_rows.py`. For a row of N pairs:
 
     y = silu(gate) * up                                scale = max |y| / 448    y8 [N]   = round(y / scale)
     d = [dgate dup] = [dy * up * dsilu, dy * silu]     scale = max |d| / 448    d8 [2 N] = round(d / scale)
 
-The forward stores no y: who needs it computes it from gate and up. The backward stores dgate and dup too, over gate and
-up, for LoRA's gradients, and d8 over dy: 2 N numbers of one byte where there were N of two. A program has whole rows to
-itself, and reads all of a row before it writes d8 there.
+A row of gate and up, and one of dy, may come with a factor that it is yet to be multiplied by: the scale of the row
+that its product was made of. That spares the product a slower kernel, or a pass over its result.
+
+The forward stores no y. The backward stores y for LoRA's gradients, and dgate and dup over gate and up; and d8 over dy:
+2 N numbers of one byte where there were N of two. A program has whole rows to itself, and reads all of a row before it
+writes d8 there.
 
 A program walks along its row twice, as in `fp8_rows.py`: the forward computes y in both walks, the backward reads again
-what it has just written. Apart, SwiGLU and quantization move 9 bytes a pair forward and 16 backward; here 5 and 12.
+what it has just written. Apart, SwiGLU and quantization move 9 bytes a pair forward and 18 backward; here 5 and 14.
 
 Casts: as in `swiglu.py`; y is rounded once, to e4m3. dgate and dup are rounded to their dtype, and from that to e4m3.
 """
@@ -31,7 +34,7 @@ def cost(M: int, N: int, dtype=torch.bfloat16) -> tuple[Cost, Cost]:
     forward, backward = swiglu.cost(M, N, dtype)
     return (
         Cost(forward.bytes_moved - M * N * (dtype.itemsize - 1) + 4 * M, forward.flops + 3 * M * N),
-        Cost(backward.bytes_moved + 2 * M * N + 4 * M, backward.flops + 6 * M * N),
+        Cost(backward.bytes_moved + M * N * (2 + dtype.itemsize) + 4 * M, backward.flops + 6 * M * N),
     )
 
 
@@ -41,27 +44,38 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 @triton.jit
+def _factor(factor_ptr, row):
+    """What a row is yet to be multiplied by, in fp32."""
+    if factor_ptr is None:
+        factor = 1.0
+    else:
+        factor = tl.load(factor_ptr + row)
+    return factor
+
+
+@triton.jit
 def _gate_kernel(
-    gate_ptr, up_ptr, y8_ptr, scale_ptr,
+    gate_ptr, up_ptr, factor_ptr, y8_ptr, scale_ptr,
     N, stride_gatem, stride_upm, stride_y8m,
     BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
 ):  # fmt: skip
     """One program writes a row, BLOCK_N columns at a time."""
     row = tl.program_id(0).to(tl.int64)  # * stride can pass 2**31
     gate_row, up_row = gate_ptr + row * stride_gatem, up_ptr + row * stride_upm
+    factor = _factor(factor_ptr, row)
 
     largest = tl.zeros([BLOCK_N], tl.float32)
     for block in range(BLOCKS_N):
         cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32)
-        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32)
+        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
+        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
         largest = tl.maximum(largest, tl.abs(gate * tl.sigmoid(gate) * up))
     scale, inverse = row_scale(tl.max(largest, axis=0))
 
     for block in range(BLOCKS_N):
         cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32)
-        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32)
+        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
+        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
         y = gate * tl.sigmoid(gate) * up
         tl.store(y8_ptr + row * stride_y8m + cols, (y * inverse).to(y8_ptr.dtype.element_ty), mask=cols < N)
     tl.store(scale_ptr + row, scale)  # after the walk, as in fp8_rows.py
@@ -69,20 +83,21 @@ def _gate_kernel(
 
 @triton.jit
 def _gate_backward_kernel(
-    dy_ptr, gate_ptr, up_ptr, d8_ptr, scale_ptr,
-    N, stride_dym, stride_gatem, stride_upm, stride_d8m,
+    dy_ptr, gate_ptr, up_ptr, dy_factor_ptr, factor_ptr, d8_ptr, scale_ptr, y_ptr,
+    N, stride_dym, stride_gatem, stride_upm, stride_d8m, stride_ym,
     BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a row of dgate and dup, over gate and up, and of d8, over dy, BLOCK_N columns at a time."""
+    """One program writes a row of dgate and dup, over gate and up, of d8, over dy, and of y, BLOCK_N at a time."""
     row = tl.program_id(0).to(tl.int64)  # * stride can pass 2**31
     gate_row, up_row = gate_ptr + row * stride_gatem, up_ptr + row * stride_upm
+    dy_factor, factor = _factor(dy_factor_ptr, row), _factor(factor_ptr, row)
 
     largest = tl.zeros([BLOCK_N], tl.float32)
     for block in range(BLOCKS_N):
         cols = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        dy = tl.load(dy_ptr + row * stride_dym + cols, mask=cols < N, other=0.0).to(tl.float32)
-        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32)
-        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * stride_dym + cols, mask=cols < N, other=0.0).to(tl.float32) * dy_factor
+        gate = tl.load(gate_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
+        up = tl.load(up_row + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         dsilu = sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -90,6 +105,7 @@ def _gate_backward_kernel(
         dgate = (dy * up * dsilu).to(gate_ptr.dtype.element_ty)
         tl.store(gate_row + cols, dgate, mask=cols < N)
         tl.store(up_row + cols, dup, mask=cols < N)
+        tl.store(y_ptr + row * stride_ym + cols, (silu * up).to(y_ptr.dtype.element_ty), mask=cols < N)
         largest = tl.maximum(largest, tl.maximum(tl.abs(dgate.to(tl.float32)), tl.abs(dup.to(tl.float32))))
     scale, inverse = row_scale(tl.max(largest, axis=0))
     tl.store(scale_ptr + row, scale)
@@ -111,23 +127,27 @@ def _tiling(N: int) -> dict[str, int]:
     return {"BLOCK_N": BLOCK_N, "BLOCKS_N": -(-N // BLOCK_N), "num_warps": max(1, BLOCK_N // (8 * 32))}
 
 
-def launch_forward(gate, up, y8, scale, **tiling) -> None:
+def launch_forward(gate, up, y8, scale, factor=None, **tiling) -> None:
     """Write y8 [M, N] and scale [M], given gate and up [M, N]. Rows may be any stride apart.
 
-    `tiling` overrides those of `_tiling`. Raises NotImplementedError where there is no FP8.
+    factor [M], fp32, or None: what the rows of gate and up are yet to be multiplied by. `tiling` overrides those of
+    `_tiling`. Raises NotImplementedError where there is no FP8.
     """
     check_fp8("swiglu_fp8", gate.device)
     M, N = gate.shape
     if M * N == 0:
         return
     with device_of(gate):
-        _gate_kernel[(M,)](gate, up, y8, scale, N, gate.stride(0), up.stride(0), y8.stride(0), **(_tiling(N) | tiling))
+        _gate_kernel[(M,)](
+            gate, up, factor, y8, scale, N, gate.stride(0), up.stride(0), y8.stride(0), **(_tiling(N) | tiling)
+        )
 
 
-def launch_backward(dy, gate, up, scale, **tiling) -> torch.Tensor:
-    """Write dgate and dup over gate and up [M, N], and scale [M]; return d8 [M, 2 N], written over dy [M, N].
+def launch_backward(dy, gate, up, scale, y, dy_factor=None, factor=None, **tiling) -> torch.Tensor:
+    """Write dgate and dup over gate and up [M, N], y [M, N], and scale [M]; return d8 [M, 2 N], written over dy [M, N].
 
-    dy has 16 bits a number and is contiguous; rows of gate and up may be any stride apart. `tiling` as in the forward.
+    dy has 16 bits a number and is contiguous; rows of the others may be any stride apart. dy_factor [M]: what those of
+    dy are yet to be multiplied by; factor and `tiling` as in the forward.
     """
     check_fp8("swiglu_fp8", gate.device)
     (M, N), d8 = gate.shape, dy.view(FP8)
@@ -135,8 +155,8 @@ def launch_backward(dy, gate, up, scale, **tiling) -> torch.Tensor:
         return d8
     with device_of(gate):
         _gate_backward_kernel[(M,)](
-            dy, gate, up, d8, scale, N, dy.stride(0), gate.stride(0), up.stride(0), d8.stride(0),
-            **(_tiling(N) | tiling),
+            dy, gate, up, dy_factor, factor, d8, scale, y,
+            N, dy.stride(0), gate.stride(0), up.stride(0), d8.stride(0), y.stride(0), **(_tiling(N) | tiling),
         )  # fmt: skip
     return d8
 
@@ -146,7 +166,9 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     M, N = 8192, 14336  # Mistral-7B, 4 sequences of 2,048 tokens
     empty = functools.partial(torch.empty, device="meta")
     gate, up = empty(M, 2 * N, dtype=dtype).chunk(2, 1)
+    dy, y = empty(M, N, dtype=dtype), empty(M, N, dtype=dtype)
+    forward = functools.partial(launch_forward, gate, up, empty(M, N, dtype=FP8), empty(M), empty(M))
     return {
-        f"forward {M}x{N}": functools.partial(launch_forward, gate, up, empty(M, N, dtype=FP8), empty(M)),
-        f"backward {M}x{N}": functools.partial(launch_backward, empty(M, N, dtype=dtype), gate, up, empty(M)),
+        f"forward {M}x{N}": forward,
+        f"backward {M}x{N}": functools.partial(launch_backward, dy, gate, up, empty(M), y, empty(M), empty(M)),
     }

@@ -138,11 +138,11 @@ def test_products_are_those_of_the_rounded_factors(device, fresh_seed, M, Ns, bi
 class Emulated(Group):
     """A Group of plain tensors that multiplies as an FP8Group should."""
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, W=None, unscaled=False):
         y = emulated(x, *self._weight(transposed=False)) + (0.0 if self._bias() is None else self._bias().double())
         return y.to(self.dtype) if residual is None else residual + y.to(self.dtype)
 
-    def input_gradient(self, dy):
+    def input_gradient(self, dy, W=None, unscaled=False):
         return emulated(dy, *self._weight(transposed=True)).to(self.dtype)
 
     def _weight(self, transposed):
@@ -158,7 +158,23 @@ class Emulated(Group):
 def test_the_residual_is_added_in_its_dtype(fresh_seed, residual_dtype):
     group, x = group_of((48,), 64, "cpu", torch.float32), torch.randn(5, 64)
     residual = torch.randn(5, 48).to(residual_dtype)
-    torch.testing.assert_close(group.forward(x, residual), residual + group.forward(x))
+    torch.testing.assert_close(group.forward(x, residual), (residual + group.forward(x)).to(residual_dtype))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_result_before_its_rows_scales(device, fresh_seed, residual):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    group, x = group_of((48, 32), 64, device, dtype), torch.randn(5, 64, device=device).to(dtype)
+    dy, residual = torch.randn(5, 80, device=device).to(dtype), torch.randn(5, 80, device=device) if residual else None
+    for made, whole in (
+        (group.forward(x, unscaled=True), group.forward(x, residual)),
+        (group.input_gradient(dy, unscaled=True), group.input_gradient(dy)),
+    ):
+        assert isinstance(made, pieces.Unscaled) and made.numbers.dtype == dtype
+        expected = made.numbers.double() * made.scale[:, None]
+        expected = expected + residual if residual is not None and whole.shape == residual.shape else expected
+        torch.testing.assert_close(whole.double(), expected, rtol=torch.finfo(whole.dtype).eps, atol=1e-6)
+        assert pieces.joined(*pieces.apart(made)) == made and pieces.apart(whole) == (whole, None)
 
 
 def test_given_rows_are_taken_as_they_are(fresh_seed):

@@ -111,27 +111,63 @@ def tiled(N, tiling):
     return tiling | {"BLOCKS_N": -(-N // 32)} if tiling else {}
 
 
+def factors(M, given, device):
+    return (torch.rand(M, device=device) + 0.5) if given else None
+
+
+def times(x, factor):
+    return x if factor is None else x.float() * factor[:, None]
+
+
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("tiling", BLOCKS)
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (5, 7), (3, 33), (4, 100), (2, 5000)])
-def test_swiglu(M, N, tiling, dtype, device):
-    (gate, up), (y8, scale) = gate_up(M, N, dtype, device), empty(M, N, device)
-    swiglu_fp8.launch_forward(gate, up, y8, scale, **tiled(N, tiling))
+def test_swiglu(M, N, tiling, given, dtype, device):
+    (gate, up), (y8, scale), factor = gate_up(M, N, dtype, device), empty(M, N, device), factors(M, given, device)
+    swiglu_fp8.launch_forward(gate, up, y8, scale, factor, **tiled(N, tiling))
+    gate, up = times(gate, factor), times(up, factor)
     check_kernel((y8, scale), swiglu_fp8.reference(gate, up))
     check(*swiglu_fp8.reference(gate, up), swiglu.reference(gate.double(), up.double()))
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("tiling", BLOCKS)
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (5, 7), (3, 33), (4, 100), (2, 5000)])
 @pytest.mark.parametrize("half", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
-def test_swiglu_backward_writes_over_its_inputs(M, N, tiling, half, device):
+def test_swiglu_backward_writes_over_its_inputs(M, N, tiling, given, half, device):
     gate, up = gate_up(M, N, half, device)
-    dy, dgate_up = rows(M, N, half, device), torch.empty(M, 2 * N, dtype=half, device=device)
-    swiglu.launch_backward(dy, gate, up, *dgate_up.chunk(2, 1))
+    dy, dgate_up, y = rows(M, N, half, device), torch.empty(M, 2 * N, dtype=half, device=device), torch.empty_like(gate)
+    dy_factor, factor = (factors(M, given, device) for _ in range(2))
+    true = [
+        times(x, f).clone(memory_format=torch.contiguous_format)
+        for x, f in ((dy, dy_factor), (gate, factor), (up, factor))
+    ]
+    swiglu.launch_backward(*true, *dgate_up.chunk(2, 1))
     theirs, scale = fp8_rows.reference(dgate_up), torch.empty(M, device=device)
-    d8 = swiglu_fp8.launch_backward(dy, gate, up, scale, **tiled(N, tiling))
+    d8 = swiglu_fp8.launch_backward(dy, gate, up, scale, y, dy_factor, factor, **tiled(N, tiling))
     assert d8.data_ptr() == dy.data_ptr() and d8.shape == (M, 2 * N)
-    torch.testing.assert_close(torch.cat([gate, up], 1), dgate_up, rtol=2 * torch.finfo(half).eps, atol=1e-6)
+    close = dict(rtol=2 * torch.finfo(half).eps, atol=1e-6)
+    torch.testing.assert_close(torch.cat([gate, up], 1), dgate_up, **close)
+    torch.testing.assert_close(y, swiglu.reference(*true[1:]).to(half), **close)
     check_kernel((d8, scale), theirs)
+
+
+# --- the scale of a product's rows, multiplied afterwards
+
+
+@pytest.mark.parametrize("tiling", BLOCKS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (5, 7), (3, 33), (4, 100), (2, 1024)])
+def test_rows_are_scaled(M, N, residual, tiling, dtype, device):
+    x, scale = rows(M, 2 * N, dtype, device)[:, :N], torch.rand(M, device=device) + 0.5
+    residual = rows(M, N, torch.float32, device) if residual else None
+    terms = x.double() * scale[:, None], torch.zeros(()) if residual is None else residual.double()
+    y = torch.empty(M, N, device=device) if residual is not None else x
+    tiling = tiling | {"BLOCKS_N": -(-N // 32), "BLOCK_M": 2} if tiling else {}
+    fp8_rows.launch_scaled(x, scale, residual, y, **tiling)
+    limits = torch.finfo(y.dtype)
+    within = limits.eps * (sum(term.abs() for term in terms) + limits.smallest_normal)  # below that, coarser
+    assert ((y - sum(terms)).abs() <= within).all()
 
 
 # --- where there is none; what is compiled
@@ -140,7 +176,8 @@ def test_swiglu_backward_writes_over_its_inputs(M, N, tiling, half, device):
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_87", "gfx942"])
 def test_older_cards_are_told_what_to_do(arch, monkeypatch):
     monkeypatch.setattr(fp8_scale, "architecture", lambda device: arch)
-    for launch in [f for module in (fp8_rows, rms_norm_fp8, swiglu_fp8) for f in module.examples().values()]:
+    examples = [item for module in (fp8_rows, rms_norm_fp8, swiglu_fp8) for item in module.examples().items()]
+    for launch in [launch for name, launch in examples if not name.startswith("scaled")]:
         with pytest.raises(NotImplementedError, match=f"writes FP8 from sm_89 on and this is {arch}: use bfloat16"):
             launch()
     assert not any(map(fp8_scale.lacks_fp8, ("sm_89", "sm_90", "sm_100", "sm_120", "interpreter")))
@@ -165,7 +202,9 @@ def test_compiled_code(arch):
     for module, once in ((fp8_rows, 2), (rms_norm_fp8, 4), (swiglu_fp8, None)):
         (made,) = compile_all(next(iter(module.examples().values())), arch)
         assert not misfit(made) and made.spilled_bytes == 0
-        assert {name for name in made.instructions if name.startswith("ld.global")} == {"ld.global.128"}
+        loads = {name: count for name, count in made.instructions.items() if name.startswith("ld.global")}
+        factors = {"ld.global.32": 1} if module is swiglu_fp8 else {}
+        assert loads == {"ld.global.128": loads["ld.global.128"]} | factors
         if once:  # 16 numbers a thread; the norm's weights too
             assert made.instructions["ld.global.128"] == once
 
@@ -174,4 +213,4 @@ def test_costs():
     assert fp8_rows.cost(10, 100).bytes_moved == 10 * 100 * 3 + 40
     assert rms_norm_fp8.cost(10, 100).bytes_moved == 10 * 100 * 3 + 200 + 80
     forward, backward = swiglu_fp8.cost(10, 100)
-    assert forward.bytes_moved == 10 * 100 * 5 + 40 and backward.bytes_moved == 10 * 100 * 12 + 40
+    assert forward.bytes_moved == 10 * 100 * 5 + 40 and backward.bytes_moved == 10 * 100 * 14 + 40

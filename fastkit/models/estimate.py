@@ -13,7 +13,8 @@ half's backward holds for a while:
 
 and x, dy; where gate and up, or q, k and v, are computed again, W_gu and W_qkv from then on. The MLP's forward holds
 less, but where a plan offloads, what was kept is there on its way out. In FP8 a number of W is one byte, dy is there in
-FP8 too, and so are the gradients of gate and up, over da; when W_gu is written, gate and up are gone.
+FP8 too, and so are the gradients of gate and up, over da, with SwiGLU's result beside them for a while; when W_gu is
+written, gate and up are gone, and no weight is held.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
 the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
@@ -128,7 +129,7 @@ class Shape:
             W_gu = 2 * I * K * s
             most = gate_up + max(K * I * s + da + (W_gu if holds and not kept else 0), W_gu + n)
         else:  # in the last, gate and up are gone
-            most = max(gate_up + da + max(K * I + m * K, n), da + 2 * I * K + n)
+            most = max(gate_up + da + max(K * I + m * K, da, n), da + 2 * I * K + n)
         return most - (gate_up if kept else 0)
 
 

@@ -46,7 +46,7 @@ class MLPHalf(Half):
         again: Callable[[], torch.Tensor],
     ):  # fmt: skip
         self.norm, self.gate_up, self.down, self.plan, self.keeper = norm, gate_up, down, plan, keeper
-        self.again, self.rstd, self.hidden = again, None, None
+        self.again, self.rstd, self.hidden, self.factor = again, None, None, None
 
     def parameters(self):
         return self.gate_up.parameters() + self.down.parameters()
@@ -55,11 +55,11 @@ class MLPHalf(Half):
         parts, kept = [], {}
         for part in self._chunks(x):
             n, rstd = pieces.norm(part, self.norm, self.gate_up.factors)
-            hidden = self.gate_up.forward(n)  # [M, 2 I]: g and u
+            hidden = self.gate_up.forward(n, unscaled=True)  # [M, 2 I]: g and u
             del n
             a = pieces.gated(hidden, self.down.factors)
             if keep and self.plan.gate_up:
-                kept["hidden"] = hidden
+                kept["hidden"], self.factor = pieces.apart(hidden)
             del hidden  # unless kept, before the next product
             parts.append((self.down.forward(a, residual=part), rstd))
             del a
@@ -75,9 +75,9 @@ class MLPHalf(Half):
     def backward(self, dy, x_grad, weight_grad, needed):
         kept = {} if self.kept is None else self.kept.tensors()
         x = kept["x"] if self.plan.attention else self.again()
-        self.hidden = kept.get("hidden")
+        self.hidden = pieces.joined(kept.get("hidden"), self.factor)
         del kept
-        self.kept = None
+        self.kept = self.factor = None
         parts, first = [], 0
         for part in self._chunks(x):
             rows = slice(first, first := first + len(part))
@@ -93,21 +93,15 @@ class MLPHalf(Half):
         if hidden is None:
             n, _ = pieces.norm(x, self.norm, self.gate_up.factors)
             W = self.gate_up.weight_both_ways() if inner and self.plan.holds else None
-            hidden = self.gate_up.forward(n, W=W)
+            hidden = self.gate_up.forward(n, W=W, unscaled=True)
             del n
 
         dy_c = dy.to(self.down.dtype)
-        down_gradients, dhidden, factor = [None] * len(of_down), None, None  # factor: dhidden for the product
-        further, leaves_a = inner or any(of_gate_up), self.gate_up.factors == hidden.dtype
-        if any(of_down) and not (further and leaves_a):
-            down_gradients = self.down.gradients(pieces.gated(hidden, hidden.dtype), dy_c, of_down)
-        if further:
-            da = self.down.input_gradient(dy_c)
-            dhidden, factor = pieces.gated_backward_as_(da, hidden, self.gate_up.factors)
-            if any(of_down) and leaves_a:
-                down_gradients = self.down.gradients(da, dy_c, of_down)  # da holds a by now
-            del da
-        del hidden
+        da = self.down.input_gradient(dy_c, unscaled=True)
+        dhidden, factor, a = pieces.gated_backward_as_(da, hidden, self.gate_up.factors)  # factor: for the product
+        del da, hidden
+        down_gradients = self.down.gradients(a, dy_c, of_down)
+        del a
         gradients = [None] * len(of_gate_up)
         if any(of_gate_up):
             n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)

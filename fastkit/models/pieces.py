@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastkit.kernels import rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
+from fastkit.kernels import fp8_rows, rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
 from fastkit.kernels.attention_backward import launch_backward
 from fastkit.kernels.attention_choice import choose
 from fastkit.kernels.attention_forward import lacking, launch_forward
@@ -38,6 +38,32 @@ class FP8Rows(NamedTuple):
     @classmethod
     def empty(cls, M: int, N: int, device: torch.device) -> "FP8Rows":
         return cls(torch.empty(M, N, dtype=FP8, device=device), torch.empty(M, dtype=torch.float32, device=device))
+
+
+class Unscaled(NamedTuple):
+    """A result of FP8Rows whose rows [M, N] are yet to be multiplied by theirs: scale [M], in fp32."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    def scaled(self, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows multiplied, in place; or residual + them, in a new tensor of its dtype."""
+        if on_fp8_kernels("scaled_rows", self.numbers):
+            y = self.numbers if residual is None else torch.empty_like(residual)
+            fp8_rows.launch_scaled(self.numbers, self.scale, residual, y)
+            return y
+        y = self.numbers.float() * self.scale[:, None]
+        return y.to(self.numbers.dtype) if residual is None else (residual + y).to(residual.dtype)
+
+
+def apart(x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the numbers, what their rows are yet to be multiplied by, None if by nothing)."""
+    return x if isinstance(x, Unscaled) else (x, None)
+
+
+def joined(x: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor | Unscaled | None:
+    """What was taken `apart`."""
+    return x if scale is None else Unscaled(x, scale)
 
 
 def quantized(x: torch.Tensor) -> FP8Rows:
@@ -120,11 +146,11 @@ def rotate_(
 # --- SwiGLU
 
 
-def gated(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | FP8Rows:
-    """silu(gate) * up [M, N], of gate_up [M, 2 N]; dtype: gate_up's, or FP8."""
-    gate, up = gate_up.chunk(2, 1)
+def gated(gate_up: torch.Tensor | Unscaled, dtype: torch.dtype) -> torch.Tensor | FP8Rows:
+    """silu(gate) * up [M, N], of gate_up [M, 2 N]; dtype: gate_up's, or FP8. Only to FP8 gate_up may be Unscaled."""
     if dtype == FP8:
-        return _gated_fp8(gate, up)
+        return _gated_fp8(gate_up)
+    gate, up = gate_up.chunk(2, 1)
     if not on_triton("swiglu", "gate", gate):
         return swiglu.reference(gate, up)
     a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -145,23 +171,32 @@ def gated_backward_(da: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gated_backward_as_(
-    da: torch.Tensor, gate_up: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | FP8Rows]:
-    """`gated_backward_`, and its result in `dtype` too: gate_up's, or FP8; then nothing is promised of da."""
+    da: torch.Tensor | Unscaled, gate_up: torch.Tensor | Unscaled, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | FP8Rows, torch.Tensor]:
+    """(dgate and dup [M, 2 N], the same in `dtype`, silu(gate) * up [M, N]): dtype is gate_up's, or FP8.
+
+    Overwrites da and gate_up, which only for FP8 may be Unscaled."""
     if dtype != FP8:
-        return (gated_backward_(da, gate_up),) * 2
+        return (gated_backward_(da, gate_up),) * 2 + (da,)
+    (da, da_factor), (gate_up, factor) = apart(da), apart(gate_up)
+    if not on_fp8_kernels("swiglu_fp8", da):
+        da, gate_up = (x if s is None else Unscaled(x, s).scaled() for x, s in ((da, da_factor), (gate_up, factor)))
+        dgate_up = gated_backward_(da, gate_up)
+        return dgate_up, quantized(dgate_up), da
+    gate, up = gate_up.chunk(2, 1)
+    scale, a = torch.empty(len(gate), dtype=torch.float32, device=gate.device), torch.empty_like(da)
+    d8 = swiglu_fp8.launch_backward(da, gate, up, scale, a, da_factor, factor)
+    return gate_up, FP8Rows(d8, scale), a
+
+
+def _gated_fp8(gate_up: torch.Tensor | Unscaled) -> FP8Rows:
+    gate_up, factor = apart(gate_up)
     gate, up = gate_up.chunk(2, 1)
     if not on_fp8_kernels("swiglu_fp8", gate):
-        return gated_backward_(da, gate_up), quantized(gate_up)
-    scale = torch.empty(len(gate), dtype=torch.float32, device=gate.device)
-    return gate_up, FP8Rows(swiglu_fp8.launch_backward(da, gate, up, scale), scale)
-
-
-def _gated_fp8(gate: torch.Tensor, up: torch.Tensor) -> FP8Rows:
-    if not on_fp8_kernels("swiglu_fp8", gate):
+        gate, up = (x if factor is None else x.float() * factor[:, None] for x in (gate, up))
         return FP8Rows(*swiglu_fp8.reference(gate, up))
     a = FP8Rows.empty(*gate.shape, gate.device)
-    swiglu_fp8.launch_forward(gate, up, *a)
+    swiglu_fp8.launch_forward(gate, up, *a, factor)
     return a
 
 

@@ -12,6 +12,11 @@ backward writes the weight anew, as V8 [K, N] = W8.T, of the same scale:
 
 Weights below each other in W lie side by side in V.
 
+The product itself is scaled by sw alone: with a scale a row torch takes CUTLASS's kernel in place of cuBLAS's, which
+loses on long sums (pytorch/pytorch issue 153809). sx waits for whoever reads y. SwiGLU and its backward multiply by it
+as they read, and where a residual is added, so does that pass; q, k, v, and the gradients of norms and of attention's
+output take one, in place.
+
 Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU and its backward. The attention's output, its
 gradients in q, k and v, and those of both halves' outputs take a pass of their own.
 
@@ -30,7 +35,7 @@ from fastkit.errors import FastkitError
 from fastkit.kernels.fp8_scale import FP8
 from fastkit.kernels.nf4 import reference_absmax
 from fastkit.models import pieces
-from fastkit.models.pieces import FP8Rows
+from fastkit.models.pieces import FP8Rows, Unscaled
 from fastkit.models.projection import Group, Projection
 from fastkit.ops import NF4Weight, merged_dequantize_fp8, shared_scale
 
@@ -83,14 +88,20 @@ class FP8Group(Group):
     def weight_both_ways(self) -> None:
         """W8 and V8 are two."""
 
-    def forward(self, x: FP8Rows | torch.Tensor, residual: torch.Tensor | None = None, W: None = None) -> torch.Tensor:
-        y = self._product(x, *self.weight_fp8(transposed=False), self._bias())
-        if residual is None:
-            return y
-        return y.add_(residual) if residual.dtype == y.dtype else residual + y
+    def forward(
+        self, x: FP8Rows | torch.Tensor, residual: torch.Tensor | None = None, W: None = None, unscaled: bool = False
+    ) -> torch.Tensor | Unscaled:
+        y = self._product(x, *self.weight_fp8(transposed=False))
+        if (bias := self._bias()) is not None:
+            y = y.scaled().add_(bias)
+            return y if residual is None else (residual + y).to(residual.dtype)
+        return y if unscaled else y.scaled(residual)
 
-    def input_gradient(self, dy: FP8Rows | torch.Tensor, W: None = None) -> torch.Tensor:
-        return self._product(dy, *self.weight_fp8(transposed=True), None)
+    def input_gradient(
+        self, dy: FP8Rows | torch.Tensor, W: None = None, unscaled: bool = False
+    ) -> torch.Tensor | Unscaled:
+        dx = self._product(dy, *self.weight_fp8(transposed=True))
+        return dx if unscaled else dx.scaled()
 
     def weight_fp8(self, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(W8 [N, K], its scale [N]), or (V8 [K, N], its scale [K]) if `transposed`; all scales are the same."""
@@ -112,15 +123,14 @@ class FP8Group(Group):
         gain = max(sum(abs(a.scaling) * len(a.A) for a in p.adapters) for p in self.projections)
         return shared_scale(max(bound(p.weight) for p in self.projections), *self.adapters_flat(), gain, rows)
 
-    def _product(self, x: FP8Rows | torch.Tensor, w8, scale, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ (w8 * scale[:, None]).T + bias [M, rows of w8], a new tensor of the compute dtype."""
+    def _product(self, x: FP8Rows | torch.Tensor, w8: torch.Tensor, scale: torch.Tensor) -> Unscaled:
+        """x @ (w8 * scale).T [M, rows of w8], a new tensor of the compute dtype, without the scales of x's rows."""
         x8, x_scale = x if isinstance(x, FP8Rows) else pieces.quantized(x)
         if x8.device.type == "cpu":
-            y = (x8.float() * x_scale[:, None]) @ (w8.float() * scale[:, None]).T
-            return (y if bias is None else y + bias).to(self.dtype)
-        return torch._scaled_mm(
-            x8, w8.T, x_scale[:, None], scale[None, :], bias=bias, out_dtype=self.dtype, use_fast_accum=True
-        )
+            return Unscaled((x8.float() @ (w8.float() * scale[0]).T).to(self.dtype), x_scale)
+        one = torch.ones((), device=x8.device)
+        y = torch._scaled_mm(x8, w8.T, one, scale[0], out_dtype=self.dtype, use_fast_accum=True)
+        return Unscaled(y, x_scale)
 
 
 GROUPS = {"auto": Group, "fp8": FP8Group}  # by what `patch` calls compute

@@ -122,9 +122,14 @@ class Group:
         return self.weight()
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, W: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """y, or residual + y in residual's dtype, in a new tensor. W: of `weight_both_ways`, if it is there already."""
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, W: torch.Tensor | None = None,
+        unscaled: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """y, or residual + y in residual's dtype, in a new tensor.
+
+        W         of `weight_both_ways`, if it is there already
+        unscaled  whether the caller takes pieces.Unscaled, if that is faster
+        """
         W, bias = self.weight() if W is None else W, self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
             y = torch.addmm(residual, x, W.T)
@@ -136,8 +141,8 @@ class Group:
                 y_i.addmm_(z @ A.T, B.T, alpha=scaling)
         return y if residual is None or residual.dtype == self.dtype else residual + y
 
-    def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None) -> torch.Tensor:
-        """dx [M, K], a new tensor. W as in `forward`."""
+    def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None, unscaled: bool = False) -> torch.Tensor:
+        """dx [M, K], a new tensor; the rest as in `forward`."""
         dx = dy @ (self.weight() if W is None else W)
         if self.dropout:
             for dy_i, (_, A, B, scaling), _, mask in self._each(dx, dy):
