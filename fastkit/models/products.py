@@ -128,9 +128,13 @@ class FP8Group(Group):
         x8, x_scale = x if isinstance(x, FP8Rows) else pieces.quantized(x)
         if x8.device.type == "cpu":
             return Unscaled((x8.float() @ (w8.float() * scale[0]).T).to(self.dtype), x_scale)
-        one = torch.ones((), device=x8.device)
-        y = torch._scaled_mm(x8, w8.T, one, scale[0], out_dtype=self.dtype, use_fast_accum=True)
+        y = torch._scaled_mm(x8, w8.T, _one(x8.device), scale[0], out_dtype=self.dtype, use_fast_accum=True)
         return Unscaled(y, x_scale)
+
+
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
 
 
 GROUPS = {"auto": Group, "fp8": FP8Group}  # by what `patch` calls compute
