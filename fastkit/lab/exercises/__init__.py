@@ -7,6 +7,7 @@ exercises()                 the tasks; exercises("vector_add") one of them in fu
 
 Questions, whose answer is a number or a word, are asked and checked by the same four: check("measure.ridge", 236). So
 are the faults of the capstone's step, whose answer is a step: check("capstone.needless_copy", replace(PLANTED, ...)).
+And so are functions without a kernel, which return their result: check("finetune.labels", labels).
 """
 
 import ast
@@ -20,6 +21,7 @@ from pathlib import Path
 from fastkit.errors import FastkitError
 from fastkit.lab.exercises.catalog import EXERCISES, MENDS, QUESTIONS, find
 from fastkit.lab.exercises.demands import prepare, unmet
+from fastkit.lab.exercises.function import Function
 from fastkit.lab.exercises.mend import Mend
 from fastkit.lab.exercises.process import INSIDE, Child
 from fastkit.lab.exercises.question import Question, not_answered
@@ -74,9 +76,9 @@ def check(name: str, answer, seconds: float | None = None, seed: int | None = No
     """Whether `answer` solves the exercise `name`.
 
     answer   a function with the exercise's signature that launches a Triton kernel; or a file, or source text, that
-             defines one under the exercise's name. It writes into the outputs that it is given. For a question, a
-             number or a word; for a fault of the capstone, the Parts of a step. None, or a function whose body is
-             `...`, is no answer yet
+             defines one under the exercise's name. It writes into the outputs that it is given; or, where the exercise
+             asks for no kernel, it returns its result. For a question, a number or a word; for a fault of the
+             capstone, the Parts of a step. None, or a function whose body is `...`, is no answer yet
     seconds  that the answer may run, imports not counted (on a CPU 10, on a GPU 60)
     seed     of the inputs, as a verdict names it; drawn anew without
 
@@ -91,17 +93,20 @@ def check(name: str, answer, seconds: float | None = None, seed: int | None = No
         return not_answered(name)
     if os.environ.get(INSIDE):
         raise FastkitError("check() is called by the answer itself: call it outside of the file that is checked")
-    if importlib.util.find_spec("triton") is None:
+    plain = isinstance(exercise, Function)  # runs on the CPU, whatever there is
+    if not plain and importlib.util.find_spec("triton") is None:
         raise FastkitError("exercises run Triton kernels, and Triton is not installed: pip install triton")
-    source = _source(name, answer)
+    source = _source(exercise.name, answer)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     children = [Child(name, source, "cpu", seconds or CPU_SECONDS, seed)]
-    if _has_gpu():
+    if _has_gpu() and not plain:
         children.append(Child(name, source, "cuda", seconds or GPU_SECONDS, seed))
     if exercise.demands:
         prepare()
     verdicts = [child.verdict() for child in children]
     verdict = next((verdict for verdict in verdicts if not verdict), verdicts[0])
+    if plain:
+        verdict.lane = "on the CPU"
     if verdict and len(verdicts) > 1:
         verdict.lane = " and ".join(verdict.lane for verdict in verdicts)
     return unmet(exercise, source, verdict) if verdict and exercise.demands else verdict

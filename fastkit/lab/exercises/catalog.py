@@ -6,6 +6,7 @@ import importlib.util
 from fastkit.errors import FastkitError
 from fastkit.lab.exercises import capstone, moving, rows, tiles
 from fastkit.lab.exercises.exercise import Exercise
+from fastkit.lab.exercises.function import Function
 from fastkit.lab.exercises.mend import Mend
 from fastkit.lab.exercises.question import Question
 
@@ -26,6 +27,7 @@ COURSE = (
     "nf4",
     "lora",
     "qlora_step",
+    "finetune",
     "capstone",
 )
 
@@ -57,11 +59,16 @@ QUESTIONS: dict[str, Question] = {
     question.name: question for question in _of_the_course("exercises.questions", "QUESTIONS")
 }
 MENDS: dict[str, Mend] = {mend.name: mend for mend in capstone.MENDS}
+FUNCTIONS: dict[str, Function] = {  # by the name that the notebook has for them, "finetune.labels"
+    f"{exercise.notebook}.{exercise.name}": exercise
+    for exercise in EXERCISES.values()
+    if isinstance(exercise, Function)
+}
 
 
 def find(name: str) -> Exercise | Question | Mend:
     """The exercise of that name, of any kind. Raises FastkitError that lists all, or those of the same notebook."""
-    found = EXERCISES | QUESTIONS | MENDS
+    found = EXERCISES | QUESTIONS | MENDS | FUNCTIONS
     if name not in found:
         notebook = f"{name.partition('.')[0]}."
         near = [other for other in found if other.startswith(notebook)] or list(EXERCISES)

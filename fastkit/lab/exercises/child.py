@@ -21,10 +21,10 @@ def main(folder: Path) -> None:
     faulthandler.enable()
     import torch
 
+    from fastkit.lab.exercises.blame import raised
     from fastkit.lab.exercises.catalog import find
     from fastkit.lab.exercises.examine import Outcome, examine
     from fastkit.lab.exercises.exercise import ANSWER
-    from fastkit.lab.exercises.trial import raised
     from fastkit.lab.sources import read
 
     torch.set_num_threads(1)
@@ -69,9 +69,9 @@ def _limit() -> None:
 
 def _limit_time(seconds: float, folder: Path) -> threading.Event:
     """End the process after `seconds`, saying where it was, unless the event is set before."""
+    from fastkit.lab.exercises.blame import place_of
     from fastkit.lab.exercises.examine import Outcome
     from fastkit.lab.exercises.finding import Finding
-    from fastkit.lab.exercises.watch import place_of
 
     done, main_thread = threading.Event(), threading.get_ident()
 

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastkit.lab.exercises.case import Case, Trial
 from fastkit.lab.exercises.exercise import Exercise
 from fastkit.lab.exercises.finding import Finding
-from fastkit.lab.exercises.trial import Case, Trial, run_trial
+from fastkit.lab.exercises.function import Function, as_known_mistake, run_calls
 
 DRAWN = 2  # sizes drawn anew in each check
 FINAL = {"signature", "exit", "crash"}  # found on the first case, or the end of all
@@ -52,6 +53,10 @@ class _Examination:
         self.passed, self.failed, self.left_out = [], {}, 0
 
     def run(self, case: Case, again: int = 0, reverse: bool = False) -> Trial:
+        if isinstance(self.exercise, Function):
+            return run_calls(self.exercise, self.answer, case, self.seed + again)
+        from fastkit.lab.exercises.trial import run_trial  # with Triton, which a Function does without
+
         return run_trial(self.exercise, self.answer, case, self.seed + again, self.device, reverse)
 
     def outcome(self) -> Outcome:
@@ -75,7 +80,10 @@ class _Examination:
         case, finding = self.plainest()
         if finding.property not in FINAL:
             case, finding = self.shrink(case, finding)
-            finding = self.in_common(case, finding)
+            if isinstance(self.exercise, Function):
+                finding = as_known_mistake(self.exercise, self.answer, self.seed, finding)
+            else:
+                finding = self.in_common(case, finding)
         return Outcome(finding, case, self.passed, list(self.failed), self.left_out)
 
     def backwards(self, case: Case) -> Trial:

@@ -17,7 +17,7 @@ PROPERTIES = (
     "inputs changed",
     "race",  # the result hangs on which program comes first
     "reads unwritten",  # read an output, or a tensor of its own, before anything was written there
-    "returns",  # gave its result back instead of writing it
+    "returns",  # gave its result back instead of writing it, or gave back something of another kind
     "unwritten",  # left numbers of an output as they were
     "masked lanes",  # used what a masked load without `other` holds
     "values",

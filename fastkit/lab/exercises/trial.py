@@ -1,40 +1,18 @@
 """Run an answer once, on one case, and find what is wrong with it."""
 
-import inspect
-import re
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from fastkit.lab.exercises.blame import raised, uncallable
+from fastkit.lab.exercises.case import Case, Trial
 from fastkit.lab.exercises.exercise import Exercise, Output, Truth
 from fastkit.lab.exercises.finding import Finding, Findings
 from fastkit.lab.exercises.memory import GUARD, POISON, Memory
-from fastkit.lab.exercises.watch import Watch, theirs
-
-TOO_MUCH = 0.02  # an error of this part of the terms is a wrong result, a smaller one lost digits
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes, and how matrices lie in memory: "" contiguous, "rows apart", "transposed"."""
-
-    sizes: tuple[tuple[str, int], ...]
-    layout: str = ""
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes)
-        return f"{sizes}, {self.layout}" if self.layout else sizes
-
-
-@dataclass
-class Trial:
-    """What a run found, None if nothing, and the programs of its largest launch."""
-
-    finding: Finding | None
-    programs: int = 0
+from fastkit.lab.exercises.values import index, wrong_values
+from fastkit.lab.exercises.watch import Watch
 
 
 def run_trial(exercise: Exercise, answer: Callable, case: Case, seed: int, device="cpu", reverse=False) -> Trial:
@@ -63,11 +41,8 @@ def _run(exercise, answer, case, seed, device, reverse, masked_poison):
         if isinstance(constant, torch.Tensor):
             memory.adopt(constant)
     watch = Watch(memory, reverse, masked_poison)
-    try:
-        inspect.signature(answer).bind(*arguments)
-    except TypeError:
-        message = f"call it as {exercise.signature}: yours takes {inspect.signature(answer)}"
-        watch.findings.add(Finding("signature", message))
+    if finding := uncallable(answer, arguments, exercise.signature):
+        watch.findings.add(finding)
         return watch, inputs, None
     try:
         with warnings.catch_warnings(), watch.on():
@@ -102,39 +77,6 @@ def _arguments(exercise: Exercise, memory: Memory, inputs: dict, outputs: dict[s
     for name, output in outputs.items():
         arguments.append(memory.place(name, "output", output.shape, output.dtype, strides(name, output.shape)))
     return arguments
-
-
-def raised(error: BaseException) -> Finding:
-    """What an exception says of the answer that it came out of."""
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    if isinstance(root, SystemExit):
-        return Finding("exit", f"ended the process: sys.exit({root.code!r})", [], _raised_at(root))
-    text = str(root).strip().splitlines() or [""]
-    if isinstance(root, SyntaxError):
-        return Finding("syntax", f"is not Python: {root.msg}", [], (root.filename, root.lineno))
-    if type(error).__name__ == "CompilationError":
-        return Finding("compile", "Triton cannot compile the kernel", str(error).strip().splitlines()[-3:])
-    if "illegal memory access" in text[0]:
-        return Finding("crash", "it touched memory that is not its own, and the GPU stopped it")
-    if isinstance(root, MemoryError) or "allocate memory" in text[0] or "out of memory" in text[0]:
-        bytes_asked = re.search(r"allocate (\d+) bytes", text[0])
-        how_much = f"{int(bytes_asked[1]):,} bytes" if bytes_asked else text[0]
-        return Finding("memory", f"asks for more memory than it may have: {how_much}", [], _raised_at(root))
-    if isinstance(root, RecursionError):
-        text = ["it calls itself without end"]
-    return Finding("exception", f"raised {type(root).__name__}: {text[0]}", [], _raised_at(root))
-
-
-def _raised_at(error: BaseException) -> tuple[str, int] | None:
-    place, traceback = None, error.__traceback__
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
-        if theirs(file):
-            place = (file, traceback.tb_lineno)
-        traceback = traceback.tb_next
-    return place
 
 
 def _check(watch: Watch, exercise: Exercise, inputs: dict, truth: dict[str, Truth]) -> None:
@@ -205,38 +147,12 @@ def _unwritten(buffer, unwritten: torch.Tensor, watch: Watch) -> Finding:
     name, count = buffer.name, len(missing)
     if not watch.launches or count == buffer.tensor.numel():
         return Finding("unwritten" if watch.launches else "no kernel", f"no kernel writes {name}")
-    first, last = (_index(name, unwritten.shape, int(place)) for place in (missing[0], missing[-1]))
+    first, last = (index(name, unwritten.shape, int(place)) for place in (missing[0], missing[-1]))
     which = first if count == 1 else f"{first} to {last}"
     message = f"leaves numbers of {name} unwritten"
     return Finding("unwritten", message, [f"{count} of {buffer.tensor.numel()} have no value: {which}"])
 
 
 def _check_values(buffer, truth: Truth, findings: Findings) -> None:
-    result = buffer.tensor.detach().cpu().double()
-    error = (result - truth.value).abs()
-    allowed = truth.allowed(buffer.tensor.dtype)
-    wrong = ~(error <= allowed)  # nan is wrong
-    if not wrong.any():
-        return
-    place = int(wrong.flatten().nonzero()[0])
-    at = _index(buffer.name, wrong.shape, place)
-    got, expected = (float(tensor.flatten()[place]) for tensor in (result, truth.value))
-    lines = [
-        f"{at} is {got:.9g}; expected {expected:.9g}, with an error of up to {float(allowed.flatten()[place]):.2g}",
-        f"{int(wrong.sum())} of {wrong.numel()} numbers are wrong",
-    ]
-    if result.isfinite().all() and (error <= TOO_MUCH * truth.scale)[wrong].all():
-        message = f"{buffer.name} is right only in its first digits: something was rounded or summed too coarsely"
-        findings.add(Finding("precision", message, lines))
-    else:
-        finite = bool(result[wrong].isfinite().all())
-        kind = "" if finite else ", some not finite"
-        findings.add(Finding("values", f"{buffer.name} has wrong values{kind}", lines, finite=finite))
-
-
-def _index(name: str, shape, place: int) -> str:
-    index = []
-    for size in reversed(shape):
-        place, rest = divmod(place, size)
-        index.insert(0, str(rest))
-    return f"{name}[{', '.join(index)}]"
+    if finding := wrong_values(buffer.name, buffer.tensor, truth):
+        findings.add(finding)

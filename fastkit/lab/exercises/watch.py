@@ -4,11 +4,9 @@ An access out of bounds is noted and left out, so that the run goes on. A masked
 the interpreter would give 0 and a GPU anything.
 """
 
-import os
 import sys
 import weakref
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -19,21 +17,16 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _get_np_dtype
 from triton.runtime.jit import JITFunction
 
+from fastkit.lab.exercises.blame import place_of
 from fastkit.lab.exercises.finding import Finding, Findings
 from fastkit.lab.exercises.memory import MANY, NOBODY, Buffer, Memory
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like"}
 ALLOCATIONS |= {"new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange"}
 FILLS = {"fill_", "zero_"}
-NOT_THEIRS = tuple(str(Path(file).parent) + os.sep for file in (triton.__file__, torch.__file__, np.__file__, __file__))
 
 
 _made = {}  # tensors that answers made: one may be kept from one run to the next
-
-
-def theirs(file: str) -> bool:
-    """Whether code in `file` is the learner's, not Triton's, torch's, numpy's or ours."""
-    return not file.startswith((*NOT_THEIRS, "<frozen"))
 
 
 class Watch:
@@ -288,10 +281,3 @@ def _poison(ptrs) -> TensorHandle:
 
 def _place() -> tuple[str, int] | None:
     return place_of(sys._getframe(1))
-
-
-def place_of(frame) -> tuple[str, int] | None:
-    """(file, line) of the learner's code that `frame` is in, or was called from."""
-    while frame is not None and not theirs(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame and (frame.f_code.co_filename, frame.f_lineno)

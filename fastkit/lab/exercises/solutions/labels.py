@@ -1,0 +1,5 @@
+def labels(ids, spans):
+    result = [-100] * len(ids)
+    for start, end in spans:
+        result[start:end] = ids[start:end]
+    return result

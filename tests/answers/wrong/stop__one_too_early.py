@@ -1,0 +1,4 @@
+# fault: values
+def stop(losses, patience):
+    since_lowest = len(losses) - losses.index(min(losses))
+    return patience > 0 and since_lowest >= patience
