@@ -35,10 +35,10 @@ def check(attend, q, k, v, *options):
     In ds = p (dp - delta) terms cancel: their size is given. To it comes what every flash attention rounds and eager
     torch does not or not there, p and the o that delta = do · o starts from, as the size of sums of random errors.
 
-    In exp(s - lse) terms cancel too, the D products that s is the sum of. Eager torch sums them once: where p is near 1
-    their error is gone from p. Dv's p is of an s summed anew, and as k qᵀ, whose order need not be that of q kᵀ (with
-    OpenBLAS it depends on the CPU). That makes 5 roundings in fp32: s, then and now, lse, and either's to powers of 2.
-    Of the error e that they make of s, o keeps p (1 - p) e, for its p add up to 1.
+    In p = exp(s - lse) cancel the D terms that s is the sum of, and lse through it. Eager torch sums them once, and
+    where p is near 1 their error is gone from it. The p of dv is of an s summed anew, and as k qᵀ, in an order that
+    need not be q kᵀ's: with OpenBLAS the CPU decides. So s and lse no longer match: e is the size of five roundings in
+    fp32, s in the forward and anew, lse, and s and lse in powers of 2. Of e, o sees p (1 - p) e: its p add up to 1.
     """
     do = torch.randn(q.shape, device=q.device).to(q.dtype)
     ours, theirs = run(attend, q, k, v, do, *options), run(eager, q, k, v, do, *options)

@@ -273,6 +273,14 @@ def test_wrong_kernels_are_caught(wrong):
         check(WRONG[wrong], q, k, v)
 
 
+def test_dv_wrong_in_the_fifth_digit_is_caught():
+    """What `check` allows for scores summed anew is no room for more."""
+    q, k, v = inputs(1, 2, 2, 80, 80, 16, torch.float32, "cpu")
+    check(module.reference, q, k, v)
+    with pytest.raises(AssertionError, match="dv: "):
+        check(lambda q, k, v: module.reference(q, k, v + 2e-5 * (v - v.detach())), q, k, v)
+
+
 def test_cost():
     forward, backward = module.cost(2, 4, 2, 8, 8, 16, torch.float16, causal=False)
     assert forward.flops == 4 * 16 * 2 * 4 * 64 and backward.flops == 2.5 * forward.flops
