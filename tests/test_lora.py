@@ -12,7 +12,7 @@ from fastkit.errors import FastkitError
 from fastkit.models import add_lora, load, load_adapter
 from fastkit.models.bnb import bnb, dense_on_cpu
 from fastkit.models.chat import answer, plain_prompt
-from fastkit.models.lora import PROJECTIONS
+from fastkit.models.lora import PROJECTIONS, base_of
 from fastkit.models.patch import Report, patch, unpatch
 
 # --- LoRA
@@ -104,12 +104,30 @@ def test_load_adapter_refuses(adapter, folders, tmp_path):
     with pytest.raises(FastkitError, match=f"adapter {folder} does not fit {other}: "):
         load_adapter(str(folder), model=str(other), device="cpu")
     config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/anna/llama"}))
+    with pytest.raises(
+        FastkitError, match="has /home/anna/llama for its base, which is not here: name it with --model"
+    ):
+        load_adapter(str(folder), device="cpu")
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(FastkitError, match="names no base model"):
         load_adapter(str(folder), device="cpu")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FastkitError, match=r"no adapter_model.safetensors: pickle"):
         load_adapter(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ("/home/anna/.cache/fastkit/SmolLM2-135M-Instruct", "smollm2"),
+        ("/home/anna/llama", "/home/anna/llama"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (None, None),
+    ],
+)
+def test_smollm2_of_another_home_is_this_ones(named, taken):
+    assert base_of({"base_model_name_or_path": named}) == taken
 
 
 def test_an_evaluation_does_not_cut_the_gradient(folders):

@@ -284,6 +284,18 @@ def test_big_grids_are_sampled_and_say_so():
     assert again.accesses[0].walk == found.accesses[0].walk
 
 
+def test_printed_it_fits_a_terminal():
+    from fastkit.kernels.ladders import transpose
+
+    x, y = torch.empty(256, 256), torch.empty(256, 256)
+    (found,) = trace_launches(lambda: transpose.launch_shared(x, y), arch="sm_89")
+    lines = str(found).splitlines()
+    assert lines[0] == "_tile_kernel for sm_89, 64 programs" and len(lines) < 10 and max(map(len, lines)) <= 120
+    assert "4 sectors a request, 256 KiB moved for 256 asked (100%)" in lines[1]
+    assert lines[4].endswith("992 bank conflicts") and "4,096 bytes of shared memory, occupancy 100%" in lines[5]
+    assert "array(" not in repr(found)
+
+
 def test_the_caller_s_tensors_are_left_alone():
     x, y = torch.ones(1024), torch.full((1024,), 7.0)
     trace(strided, (1,), (x, y, 1024, 0), STRIDE=1, BLOCK=1024)

@@ -1,7 +1,7 @@
 """Bank conflicts of a compiled kernel's accesses to shared memory, from the layouts on both sides."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,7 +37,9 @@ class SharedAccess:
     requests: int | None = None
     wavefronts: int | None = None
     least: int | None = None
-    offsets: np.ndarray | None = None  # int64 [lanes]: the byte offset of each lane's first request
+    offsets: np.ndarray | None = field(
+        default=None, repr=False
+    )  # int64 [lanes]: the byte offset of each lane's first request
     unknown: str = ""
 
     @property

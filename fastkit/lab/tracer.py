@@ -70,11 +70,11 @@ class Access:
     sectors: float | None = None
     lines: float | None = None
     bytes_asked: float | None = None
-    lanes: np.ndarray | None = None
-    tile: np.ndarray | None = None
-    walk: tuple[tuple[tuple[int, int, int], int], ...] = ()
+    lanes: np.ndarray | None = field(default=None, repr=False)
+    tile: np.ndarray | None = field(default=None, repr=False)
+    walk: tuple[tuple[tuple[int, int, int], int], ...] = field(default=(), repr=False)
     unknown: str = ""
-    spread: LinearLayout | None = None
+    spread: LinearLayout | None = field(default=None, repr=False)
 
     @property
     def sectors_per_request(self) -> float | None:
@@ -137,6 +137,25 @@ class Trace:
             }
             for access in self.accesses
         ]
+
+    def __str__(self) -> str:
+        """What it says in a terminal: an access a line, then the kernel."""
+        lines = [f"{self.kernel} for {self.arch}, {self.programs[1]:,} programs"]
+        for row in self.rows():
+            lines.append(
+                f"  line {row['line']:>4}  {row['access']:<22} {row['instruction']:<14} {row['sectors a request']} "
+                f"sectors a request, {row['KiB moved']} KiB moved for {row['KiB asked']} asked ({row['efficiency']})"
+            )
+        for a in self.shared:
+            told = "unknown" if a.conflicts is None else f"{a.conflicts} bank conflicts"
+            lines.append(f"  line {a.line:>4}  {a.kind + ', shared memory':<22} {a.instruction:<14} {told}")
+        spilled = f", {self.spilled_bytes} bytes spilled" if self.spilled_bytes else ""
+        occupancy = "unknown" if self.occupancy is None else f"{self.occupancy:.0%}, by {self.occupancy_limit}"
+        lines.append(
+            f"  {self.num_warps} warps, {self.registers} registers{spilled}, {self.shared_bytes:,} bytes of shared "
+            f"memory, occupancy {occupancy}"
+        )
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def of(self, kind: str, tma: bool | None = None) -> list[Access]:
         """The accesses of a kind, "load" or "store"; those that TMA makes, or those that lanes make, if `tma` says."""

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 import fastkit.models.bnb  # noqa: F401  before peft imports bitsandbytes
 from fastkit.errors import FastkitError
+from fastkit.models import smollm2
 from fastkit.models.load import first_line, load, read_tokenizer
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,9 +83,11 @@ def load_adapter(adapter: str | None, *, model: str | None = None, device: str =
         raise FastkitError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise FastkitError(f"{folder} has no adapter_model.safetensors: pickle adapters are not loaded")
-    model = model or json.loads(config.read_text()).get("base_model_name_or_path")
+    model = model or base_of(json.loads(config.read_text()))
     if not model:
         raise FastkitError(f"{config} names no base model: name it with model")
+    if Path(model).is_absolute() and not Path(model).exists():
+        raise FastkitError(f"{config} has {model} for its base, which is not here: name it with --model")
     base, tokenizer = load(model, device=device, dtype=dtype)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(folder)
@@ -93,6 +96,13 @@ def load_adapter(adapter: str | None, *, model: str | None = None, device: str =
             return PeftModel.from_pretrained(base, folder).eval(), tokenizer
     except (ValueError, RuntimeError, SafetensorError) as error:  # other layers, other shapes, a broken file
         raise FastkitError(f"the adapter {folder} does not fit {model}: {first_line(error)}; name its base") from error
+
+
+def base_of(config: dict) -> str | None:
+    """The base that an adapter's config names; smollm2 in the cache of another user or machine is smollm2 here."""
+    base = config.get("base_model_name_or_path")
+    elsewhere = base and Path(base).name == smollm2.NAME and Path(base).is_absolute() and not Path(base).exists()
+    return "smollm2" if elsewhere else base
 
 
 @contextmanager

@@ -49,10 +49,19 @@ class Report:
 
     def __str__(self) -> str:
         counts = ((self.layers, "fused layer"), (self.norms, "norm"), (self.mlps, "MLP"), (self.heads, "head"))
-        lines = ["fastkit runs " + ", ".join(f"{n} {what}" + "s" * (n != 1) for n, what in counts)]
-        lines += [f"  not {name}: {why}" for name, why in self.left.items()]
-        lines += [f"  {name}: {what}" for name, what in self.notes.items()]
+        taken = [f"{n} {what}" + "s" * (n != 1) for n, what in counts if n]
+        lines = [f"fastkit runs {', '.join(taken) or 'nothing of this model'}"]
+        lines += [f"  not {names}: {why}" for why, names in _by_reason(self.left)]
+        lines += [f"  {names}: {what}" for what, names in _by_reason(self.notes)]
         return "\n".join(lines)
+
+
+def _by_reason(said: dict[str, str]) -> list[tuple[str, str]]:
+    """[(what is said, the first it is said of and how many others)]."""
+    of = {}
+    for name, what in said.items():
+        of.setdefault(what, []).append(name)
+    return [(what, names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")) for what, names in of.items()]
 
 
 Plans = str | Plan | Sequence[str | Plan] | None

@@ -21,6 +21,7 @@ from fastkit.errors import FastkitError
 from fastkit.models import smollm2
 from fastkit.models.bnb import bnb, nf4_config
 from fastkit.models.load import config_for, first_line, read_tokenizer, resolve_device, resolve_dtype
+from fastkit.models.lora import base_of
 from fastkit.models.shapes import SHAPES
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # of every supported architecture
@@ -178,7 +179,7 @@ class Adapter:
                 self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (ValueError, OSError, SafetensorError) as error:
             raise FastkitError(f"cannot read the adapter {folder}: {first_line(error)}; save it anew") from error
-        self.base = self.about.get("base_model_name_or_path")
+        self.base = base_of(self.about)
         self._refuse_variants()
         modules, self.whole = {}, {}
         for key in self._shapes:

@@ -63,7 +63,8 @@ class Verdict:
         body += [f"right: {_some(self.right)}"] if self.right else []
         body += [f"wrong: {_some(self.wrong)}"] if len(self.wrong) > 1 else []
         body += [f"printed: {line}" for line in self.printed.splitlines()[-5:]]
-        return [*body, f'try hint("{self.exercise}")' + (f", seed={self.seed}" if self.case else "")]
+        again = f"; the same cases again: check(..., seed={self.seed})" if self.case else ""
+        return [*body, f'try hint("{self.exercise}"){again}']
 
 
 def _some(cases: list[str]) -> str:
