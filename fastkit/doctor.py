@@ -18,6 +18,7 @@ LANES = {
     "cpu": "kernels run as their torch references (in Triton's interpreter where a notebook says so), models train for "
     "real in fp32, and numbers that need a GPU are shown as recorded",
 }
+NO_CARD = "or none: the cpu lane needs nothing"
 MIN_DISK_GB = 2.0
 
 
@@ -90,10 +91,16 @@ def _gpu() -> dict:
         return _check("gpu", True, f"{torch.cuda.device_count()} visible to torch")
     if torch.version.cuda is None:
         return _check(
-            "gpu", False, f"torch {torch.__version__} is a build without CUDA", "pip install --force-reinstall torch"
+            "gpu",
+            False,
+            f"torch {torch.__version__} is a build without CUDA",
+            f"pip install --force-reinstall torch, {NO_CARD}",
         )
     return _check(
-        "gpu", False, "torch has CUDA, but no card or driver answers", "install NVIDIA's driver (nvidia-smi must work)"
+        "gpu",
+        False,
+        "torch has CUDA, but no card or driver answers",
+        f"install NVIDIA's driver (nvidia-smi must work), {NO_CARD}",
     )
 
 

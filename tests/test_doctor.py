@@ -110,6 +110,7 @@ def test_no_gpu(no_gpu, monkeypatch, cuda, mend):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     check = checks()["gpu"]
     assert not check["ok"] and check["mend"].startswith(mend)
+    assert check["mend"].endswith("or none: the cpu lane needs nothing")
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp16"), ((8, 9), "bf16")])

@@ -96,7 +96,7 @@ def test_bars_are_as_long_as_their_share():
     }
     figure = shares(groups, "Some card, 2026-11-24")
     check(figure)
-    assert figure.headline == "fastkit on Some card, 2026-11-24: 80% to 125% of the limit's speed"
+    assert figure.headline == "fastkit on Some card, 2026-11-24: 80% to 125% of the yardstick's speed"
     drawn = {patch.get_gid(): (patch.get_width(), patch.get_hatch()) for patch in figure.axes[0].patches}
     for name, rows in groups.items():
         for row in rows:

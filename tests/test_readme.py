@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from PIL import Image
-from prepare_notebooks import NOTEBOOKS
+from prepare_notebooks import NOTEBOOKS, SETUP
 from readme_pictures import BLOCK, DRAWN, PICTURES, README, filled, said
 from tiny import tiny_data, tiny_model
 
@@ -43,6 +43,13 @@ def test_the_table_shows_every_notebook():
         (row,) = [line for line in TEXT.splitlines() if f"| [{title}](notebooks/{notebook.name}) |" in line]
         picture = f"notebooks/pictures/{notebook.stem}.png"
         assert (f'src="{picture}"' in row) == (README.parent / picture).exists()
+
+
+def test_what_colab_is_promised_every_notebook_begins_with():
+    assert "`!git clone ADDRESS` in a cell above a notebook's first" in TEXT
+    for notebook in NOTEBOOKS:
+        code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+        assert code[0] == SETUP, notebook.name
 
 
 def test_what_was_measured_is_what_the_records_say():
