@@ -4,7 +4,10 @@ A flag of a command is a field of its dataclass and so an argument in Python. Ba
 """
 
 import argparse
+import difflib
+import logging
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -132,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastkit: no command {argv[0]!r}: use {', '.join(commands)}", file=sys.stderr)
         return 2
     show_plain_warnings()
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_news)
     try:
         return commands[argv[0]](argv[1:])
     except FastkitError as error:
@@ -147,37 +151,77 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(config_class, command: str, argv: list[str], usage: str | None = None):
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the hub's log is more than a failed attempt: the error that ends them says enough of those."""
+    return not re.search(r"thrown while requesting|^Retrying in", record.getMessage())
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one, and what is required."""
+
+    def _get_help_string(self, action):
+        if action.required:
+            return f"{action.help} (required)"
+        says_none = action.default in (None, []) or isinstance(action, argparse._StoreFalseAction)
+        return action.help if says_none else super()._get_help_string(action)
+
+
+def _parser(config_class, command: str, **texts):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        config_class, prog=f"fastkit {command}", usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    def refuse(message: str):  # in one line, where argparse would print all of the usage first
+        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
+        message = re.sub(r"(invalid \w+ value): ", r"\1 ", message)
+        raise FastkitError(f"{message.rstrip('.')}; fastkit {command} --help lists all")
+
+    parser = HfArgumentParser(config_class, prog=f"fastkit {command}", formatter_class=_Help, **texts)
+    parser.error = refuse
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):
+            action.help = f"the same as --{action.dest} false"
+    return parser
+
+
+def _parse(config_class, command: str, argv: list[str], **texts):
+    parser = _parser(config_class, command, **texts)
     config, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        parser.error(f"unknown flag {unknown[0]!r}: `fastkit {command} --help` lists them")
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]!r}{hint}")
     return config
+
+
+def _given(config_class, command: str, argv: list[str]) -> set[str]:
+    """The settings that `argv` names, whatever their values."""
+    parser, nothing = _parser(config_class, command), object()
+    blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
+    return {name for name, value in vars(parser.parse_known_args(argv, blank)[0]).items() if value is not nothing}
 
 
 def _finetune(argv: list[str]) -> int:
     from fastkit.train.config import FinetuneConfig
 
     config = _parse(FinetuneConfig, "finetune", argv)
+    if config.resume:
+        from fastkit.train.run_folder import as_begun
+
+        config = as_begun(config, _given(FinetuneConfig, "finetune", argv))
     config.check()
     from fastkit.train.finetune import FineTune
 
     with FineTune(**config.as_dict()) as run:
         run.prepare()
-        before, shape = run.metrics["before"], run.metrics["parameters"]
+        shape, records = run.metrics["parameters"], run.metrics["data"]
         print(
             f"{config.model}: {shape['base'] / 1e6:,.0f} M parameters in {shape['base_gib']:.2f} GiB, "
             f"{shape['adapters'] / 1e6:.1f} M trained in {run.metrics['dtype']} on {run.metrics['card']['name']}; "
-            f"{run.metrics['data']['train']['records']} records"
+            f"{records['train']['records']} to train, {records['validation']['records']} to validate"
         )
         metrics = run.train()
         adapter = run.save()
-    after = metrics["after"]
+    before, after = metrics["before"], metrics["after"]
     print(
         f"validation loss {before['validation_loss']:.4f} -> {after['validation_loss']:.4f} in {metrics['steps']} steps"
         f"{' (stopped early)' if metrics['stopped_early'] else ''}, {metrics['seconds']:.0f} s"
@@ -185,7 +229,8 @@ def _finetune(argv: list[str]) -> int:
     if "facts" in after:
         asked = after["facts"]
         print(f"facts known: {before['facts']['right']} -> {asked['right']} of {asked['of']}")
-    print(f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {metrics['peak_memory_gib']:.2f} GiB")
+    rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, " if metrics["tokens_per_second"] else ""
+    print(f"{rate}peak memory {metrics['peak_memory_gib']:.2f} GiB")
     print(f"adapter: {adapter}")
     return 0
 
@@ -257,7 +302,15 @@ def _bench(argv: list[str]) -> int:
 
     names, flags = _names_first(argv)
     known = [name for group, members in groups().items() for name in (group, *members)]
-    config = _parse(BenchConfig, "bench", flags, f"fastkit bench [{' '.join(known)}] [--record NAME] [--json]")
+    usage = (
+        f"fastkit bench [{' '.join(known)}] [--record NAME] [--json]\n"
+        "       fastkit bench train [flags]\n       fastkit bench learning [flags]"
+    )
+    models = (
+        "train times a step of training beside others', learning compares its losses with transformers' own; each has "
+        "flags of its own: fastkit bench train --help, fastkit bench learning --help"
+    )
+    config = _parse(BenchConfig, "bench", flags, usage=usage, description=models)
     return run(names, record_as=config.record, as_json=config.json)
 
 
@@ -277,7 +330,7 @@ def _compile(argv: list[str]) -> int:
 
     names, flags = _names_first(argv)
     usage = f"fastkit compile [{' '.join(kernel_files())}] [--arch ARCH ...] [--json]"
-    config = _parse(CompileConfig, "compile", flags, usage)
+    config = _parse(CompileConfig, "compile", flags, usage=usage)
     return run(names, config.arch, as_json=config.json)
 
 

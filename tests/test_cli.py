@@ -1,6 +1,8 @@
 """The command line, and every bad input: one line with the value and the remedy, exit code 2, nothing overwritten."""
 
 import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,8 @@ def fastkit(inputs, tmp_path, capsys):
         ]
         capsys.readouterr()
         code = main([command, *named, *short, *map(str, flags)])
-        return code, capsys.readouterr().err.strip()
+        call.out, error = capsys.readouterr()
+        return code, error.strip()
 
     return call
 
@@ -61,8 +64,10 @@ def write(path, text):
 
 
 def test_a_run_and_a_question_to_its_adapter(fastkit, tmp_path, capsys):
-    code, error = fastkit()
+    with pytest.warns(UserWarning, match="the validation loss rests on 4 answers"):
+        code, error = fastkit()
     assert code == 0, error
+    assert "; 16 to train, 4 to validate\n" in fastkit.out
     assert (
         main(["generate", "--prompt", "Hi", "--adapter", str(tmp_path / "run/adapter"), "--max-new-tokens", "4"]) == 0
     )
@@ -149,6 +154,31 @@ class TestOutput:
         refused(fastkit("--resume", "--rank", 3), "rank was 16")
         assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
+    def test_resume_alone_takes_the_settings_of_the_run(self, fastkit, tmp_path, capsys):
+        """And a finished run stays as it is, but for an adapter that is missing."""
+        assert fastkit("--rank", 3)[0] == 0
+        resume = ["finetune", "--resume", "--output", str(tmp_path / "run")]
+        before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+        assert main(resume) == 0
+        assert "already finished: 2 steps\n" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "run/adapter")
+        assert main(resume) == 0
+        assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
+        assert main([*resume, "--rank", "16"]) == 2
+        assert "rank was 3" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("umask", "rights"), [(0o027, (0o750, 0o640)), (0o077, (0o700, 0o600))])
+    def test_what_is_published_has_the_rights_of_the_umask(self, tmp_path, umask, rights):
+        before = os.umask(umask)
+        try:
+            with run_folder.staged(tmp_path / "adapter") as staging:
+                (staging / "parts").mkdir(mode=0o700)
+                (staging / "parts/weights").touch(mode=0o600)
+        finally:
+            os.umask(before)
+        found = [(tmp_path / "adapter" / name).stat().st_mode & 0o777 for name in ("", "parts", "parts/weights")]
+        assert found == [rights[0], *rights]
+
     def test_a_folder_of_something_else(self, fastkit, tmp_path):
         (tmp_path / "run").mkdir()
         write(tmp_path / "run/thesis.txt", "mine")
@@ -216,17 +246,62 @@ class TestOutput:
         (["--dropout", 1.5], ["dropout 1.5"]),
         (["--eval-steps", 2, "--save-steps", 3], ["save_steps 3", "--keep last"]),
         (["--device", "tpu"], ["'tpu'"]),
+        (["--budget", 3], ["--budget 3 is for --plan auto", "add --plan auto"]),
+        (["--plan", "keep", "--budget", "8GiB"], ["--budget 8GiB", "add --plan auto"]),
+        (["--plan", "nonsense"], ["'nonsense'", "auto, off", "leanest"]),
     ],
 )
 def test_bad_values(fastkit, tmp_path, flags, parts):
     refused(fastkit(*flags), *parts)
 
 
-def test_unknown_flags_and_commands(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["finetune", "--lerning-rate", "1"])
-    assert left.value.code == 2
-    assert "--lerning-rate" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["finetune", "--lerning-rate", "1"], "unknown flag '--lerning-rate' (did you mean --learning-rate?)"),
+        (["finetune", "--bogus", "3"], "unknown flag '--bogus'"),
+        (["finetune", "--rank", "x"], "--rank: invalid int value 'x'"),
+        (["finetune", "--max-length"], "--max_length: expected one argument"),
+        (["generate"], "the following arguments are required: --prompt"),
+    ],
+)
+def test_flags_are_refused_in_one_line(capsys, argv, says):
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"fastkit: {says}; fastkit {argv[0]} --help lists all\n"
+
+
+def test_help(capsys):
+    def help_of(command):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    text = help_of("finetune")
+    assert "None" not in text and "recompute-mlp-qkv+offload" in text and "leanest" in text
+    assert "the same as --facts false" in text and text.count("ask the validation records") == 1
+    assert "a bare number is GiB" in text and "rank of the LoRA adapters (default: 16)" in text
+    assert "standard input (required)" in help_of("generate")
+    assert "fastkit bench train [flags] fastkit bench learning [flags]" in help_of("bench")
+
+
+def test_failed_attempts_at_the_hub_are_not_logged(caplog):
+    main(["generate", "--prompt", ""])
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addHandler(caplog.handler)
+    logger.warning("'[Errno -2] Name or service not known' thrown while requesting GET https://hub/x")
+    logger.warning("Retrying in 8s [Retry 5/5].")
+    logger.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+    logger.removeHandler(caplog.handler)
+    assert {record.getMessage()[:4] for record in caplog.records} == {"Rate"}
+
+
+def test_a_plan_without_kernels_says_that_it_is_not_used(fastkit):
+    with pytest.warns(UserWarning, match="--plan auto and --budget 8GiB are not used: kernels are off on the CPU"):
+        fastkit("--plan", "auto", "--budget", "8GiB", "--max-length", 4096)  # which is refused before it trains
+
+
+def test_unknown_commands(capsys):
     assert main(["train"]) == 2
     assert "finetune, generate, export, warmup, doctor" in capsys.readouterr().err
     assert main([]) == main(["--help"]) == main(["--version"]) == 0

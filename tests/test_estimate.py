@@ -83,6 +83,8 @@ def test_a_larger_budget_is_never_slower(sized):
 def test_a_budget_too_small_says_the_least_that_fits(sized):
     with pytest.raises(FastkitError, match=r"do not fit into 4.0 GiB: the leanest plan needs (\d\.\d) GiB") as error:
         choose(sized, 4 * 2**30, 4, 2048, "adamw8bit", torch.bfloat16)
+    with pytest.raises(FastkitError, match=r"do not fit into 0\.05 GiB"):
+        choose(sized, 2**30 // 20, 4, 2048, "adamw8bit", torch.bfloat16)
     least = float(str(error.value).partition("needs ")[2].split()[0])
     found = choose(sized, int((least + 0.1) * 2**30), 4, 2048, "adamw8bit", torch.bfloat16)
     assert {plan.name for plan in found.plans} == {"leanest"}

@@ -248,6 +248,7 @@ def test_bad_arguments(cases, tmp_path):
     base, adapter, _, _ = cases()
     (tmp_path / "there").mkdir()
     check_refused("dtype 'int8' is unknown: use bf16, fp16, fp32", merge, adapter, tmp_path / "m", dtype="int8")
+    check_refused("m.gguf names a GGUF file, and a merged model is a folder: add --to", merge, adapter, "m.gguf")
     check_refused("GGUF type 'q4_k' is unknown: use f16, q8_0", to_gguf, adapter, tmp_path / "m", type="q4_k")
     check_refused("there exists already: name another", merge, adapter, tmp_path / "there", device="cpu")
     check_refused("there exists already: name another", to_gguf, adapter, tmp_path / "there", device="cpu")

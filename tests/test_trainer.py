@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from tiny import tiny_data, tiny_model
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastkit.errors import FastkitError
 from fastkit.models import load_adapter
@@ -86,6 +86,49 @@ def test_the_run_folder_holds_adapter_tokenizer_and_metrics(inputs, tmp_path):
 def test_tokens_are_counted_without_padding(inputs, tmp_path):
     metrics = train(inputs, tmp_path / "run", steps=6)  # six steps of four: each of the 24 records once
     assert metrics["tokens"] == metrics["data"]["train"]["tokens"]
+
+
+def test_a_resumed_run_counts_its_earlier_part(inputs, tmp_path):
+    """As much as is in the checkpoint, and in seconds; also of a run that ended and was killed before it wrote that."""
+    settings = inputs | dict(steps=6, eval_steps=2, batch_size=4, learning_rate=1e-3, output=str(tmp_path / "run"))
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:  # one step after a checkpoint
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), FineTune(**settings) as run:
+        run.prepare().trainer.add_callback(Stop())
+        run.train()
+    state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
+    earlier = state["stateful_callbacks"]["Spent"]["attributes"]
+    resumed = finetune(**settings, resume=True)
+    assert resumed["resumed_from"] == "checkpoint-4" and resumed["tokens_per_second"] > 0
+    assert resumed["tokens"] == resumed["data"]["train"]["tokens"] > earlier["tokens"] > 0
+    assert resumed["seconds"] > earlier["seconds"] > 0
+    (tmp_path / "run/metrics.json").unlink()
+    again = finetune(**settings, resume=True)
+    assert (again["steps"], again["tokens"], again["padding"]) == (6, resumed["tokens"], resumed["padding"])
+    assert again["tokens_per_second"] is None
+
+
+def test_a_finished_run_is_not_trained_again(inputs, tmp_path):
+    """Its model is the one that it exported, and its metrics are those that it wrote."""
+    wrote = train(inputs, tmp_path / "run", keep="last")
+    run = FineTune(**inputs, steps=8, batch_size=4, eval_steps=4, learning_rate=1e-3, keep="last", resume=True,
+                   output=str(tmp_path / "run")).prepare()  # fmt: skip
+    assert run.evaluate()["validation_loss"] == pytest.approx(wrote["before"]["validation_loss"], abs=1e-6)
+    assert run.train() == json.loads(json.dumps(wrote)) == json.loads((tmp_path / "run/metrics.json").read_text())
+    assert run.evaluate()["validation_loss"] == pytest.approx(wrote["after"]["validation_loss"], abs=1e-6)
+
+
+def test_the_adapter_comes_with_a_card(inputs, tmp_path):
+    metrics = train(inputs, tmp_path / "run", steps=2, rank=4)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"base_model: {inputs['model']}\n" in card and "rank 4, alpha 4, learning rate 0.001" in card
+    losses = (metrics[when]["validation_loss"] for when in ("before", "after"))
+    assert "| validation loss | {:.4f} | {:.4f} |".format(*losses) in card
+    assert "on 24 records" in card and 'load_adapter("adapter")' in card and "More Information Needed" not in card
 
 
 def test_the_adapter_in_stock_peft_gives_our_logits(inputs, tmp_path):

@@ -153,7 +153,8 @@ def table(found: list[dict]) -> str:
             lines += ["", title, f"  {'':8}{'kernel':20}{'type':4}{columns}instructions"]
         lines.append(_line(row))
     fit, failed = sum(row["fits"] for row in found), unanswered(found)
-    lines += ["", f"{fit} of {len(found)} fit, {len(found) - fit - len(failed)} say what runs instead"]
+    others = len(found) - fit - len(failed)
+    lines += ["", f"{fit} of {len(found)} fit, {others} {'says' if others == 1 else 'say'} what runs instead"]
     lines += [f"{row['kernel']}, {row['case']}, {row['arch']}: {row['why']}; nothing runs instead" for row in failed]
     return "\n".join(lines[1:])
 

@@ -103,8 +103,8 @@ def choose(
     leanest = of([front[-1]] * shape.layers)
     if leanest.peak > room:
         raise FastkitError(
-            f"{batch} x {length} tokens do not fit into {budget / 2**30:.1f} GiB: the leanest plan needs "
-            f"{leanest.peak / (1 - MARGIN) / 2**30:.1f} GiB, {leanest.parts['weights'] / 2**30:.1f} of them weights; "
+            f"{batch} x {length} tokens do not fit into {_gib(budget)} GiB: the leanest plan needs "
+            f"{_gib(leanest.peak / (1 - MARGIN))} GiB, {_gib(leanest.parts['weights'])} of them weights; "
             "take a smaller batch_size (with more accumulation), a shorter max_length or a smaller model"
         )
     for faster, leaner in zip(front, [*front[1:], front[-1]], strict=True):
@@ -119,6 +119,12 @@ def choose(
                 low = middle + 1
         return of([leaner] * high + [faster] * (shape.layers - high))
     return leanest
+
+
+def _gib(size: float) -> str:
+    """Bytes in GiB: one digit after the point, two below 1."""
+    gib = size / 2**30
+    return f"{gib:.{1 if gib >= 1 else 2}f}"
 
 
 def leaner(plans: list[Plan], shape: Shape, M: int) -> list[Plan] | None:

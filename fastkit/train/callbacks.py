@@ -4,6 +4,7 @@ import io
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import TrainerCallback
@@ -84,6 +85,29 @@ class Watch(TrainerCallback):
             since_best = len(losses) - 1 - losses.index(min(losses))
             if since_best >= self.patience:
                 control.should_training_stop = True
+
+
+class Spent(TrainerCallback):
+    """What a run took so far, its earlier parts included: `count` tells (tokens, places with padding) of this part.
+
+    Each checkpoint holds it, so that a resumed run goes on adding. Steps that a kill undid are not in it.
+    """
+
+    def __init__(self, count: Callable[[], tuple[int, int]]):
+        self.count, self.earlier, self.start = count, {}, time.perf_counter()
+
+    def total(self) -> dict:
+        """{"seconds", "tokens", "places"}; to be called by all processes."""
+        tokens, places = self.count()
+        now = {"seconds": time.perf_counter() - self.start, "tokens": tokens, "places": places}
+        return {name: value + self.earlier.get(name, 0) for name, value in now.items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.earlier = state.stateful_callbacks.get("Spent", {}).get("attributes", {})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            state.stateful_callbacks["Spent"] = {"args": {}, "attributes": self.total()}
 
 
 class Bar(TrainerCallback):

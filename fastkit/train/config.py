@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastkit.errors import FastkitError
 from fastkit.models.estimate import parse_bytes
-from fastkit.models.plans import plan_of
+from fastkit.models.plans import PLANS
 
 # What must be the same for a resumed run to be the same run.
 RESUME_MAY_CHANGE = (
@@ -36,7 +36,7 @@ class FinetuneConfig:
     validation: str | None = flag(None, "validation data; by default the data's own split, else a part of train")
     validation_fraction: float = flag(0.05, "part of the training data held out when there is no validation data")
     output: str = flag("runs/finetune", "folder of this run: checkpoints, adapter, metrics.json")
-    resume: bool = flag(False, "go on from the last checkpoint in the output folder")
+    resume: bool = flag(False, "go on from the last checkpoint in output; what no flag says stays as the run began")
     max_length: int = flag(1024, "longest sequence in tokens")
     on_long: Literal["truncate", "drop", "error"] = flag("truncate", "what to do with a longer record")
     rank: int = flag(16, "rank of the LoRA adapters")
@@ -68,15 +68,17 @@ class FinetuneConfig:
     kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
     plan: str = flag(
         "off",
-        "what fused decoder layers keep for the backward: auto, the fastest that fits the budget; a plan's name; "
-        "off: layers are not fused",
+        "what fused decoder layers keep for the backward: auto, the fastest that fits the budget; off: layers are not "
+        f"fused; or {', '.join(PLANS)}",
     )
     compute: Literal["auto", "fp8"] = flag(
         "auto",
         "what fused layers multiply their frozen weights in: auto, the dtype; fp8, e4m3, on GPUs from sm_89 on, faster "
         "and less exact",
     )
-    budget: str | None = flag(None, 'GPU memory that the run may take, such as "8GiB"; by default what is free')
+    budget: str | None = flag(
+        None, 'GPU memory that a run with --plan auto may take: "8GiB", a bare number is GiB; by default what is free'
+    )
     strategy: Literal["ddp", "fsdp2"] = flag(
         "ddp", "under torchrun: ddp, the model whole on each GPU; fsdp2, in parts, for one that does not fit"
     )
@@ -111,8 +113,8 @@ class FinetuneConfig:
                 raise FastkitError(f"--{name} {getattr(self, name)} must not be negative")
         if self.steps == 0 or self.steps < -1:
             raise FastkitError(f"--steps {self.steps} must be above 0, or -1 to go by --epochs")
-        if self.plan not in ("auto", "off"):
-            plan_of(self.plan)
+        if self.plan not in ("auto", "off", *PLANS):
+            raise FastkitError(f"there is no plan {self.plan!r}: use auto, off or one of {', '.join(PLANS)}")
         if self.compute == "fp8" and self.plan == "off":
             raise FastkitError("--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto")
         if self.compute == "fp8" and self.dropout:
@@ -121,6 +123,8 @@ class FinetuneConfig:
             raise FastkitError("--graphs on is for fused layers and rows of one length: add --plan auto --packing on")
         if self.budget is not None:
             parse_bytes(self.budget)
+            if self.plan != "auto":
+                raise FastkitError(f"--budget {self.budget} is for --plan auto, which fits it: add --plan auto")
         if not 0 < self.validation_fraction < 1:
             raise FastkitError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1")
         if self.strategy == "fsdp2" and self.optimizer != "adamw":

@@ -28,6 +28,7 @@ __all__ = [
     "IGNORE",
     "PLAIN_TEMPLATE",
     "Collator",
+    "count_answers",
     "count_duplicates",
     "describe",
     "has_split",
@@ -199,6 +200,12 @@ class Collator:
             "logits_to_keep": columns,
             "shift_labels": next_labels[:, columns],
         }
+
+
+def count_answers(dataset: Dataset) -> int:
+    """How many stretches of trained tokens a tokenized dataset has: one an answer, and one a plain text."""
+    labels = dataset.with_format(None)["labels"]
+    return sum(a == IGNORE != b for row in labels for a, b in zip([IGNORE, *row], row, strict=False))
 
 
 def describe(dataset: Dataset) -> dict[str, int]:

@@ -55,6 +55,10 @@ def merge(
     if dtype not in DTYPES:
         raise FastkitError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
     torch_dtype, output = DTYPES[dtype], Path(output)
+    if output.suffix == ".gguf":
+        raise FastkitError(
+            f"{output} names a GGUF file, and a merged model is a folder: add --to gguf, or name another"
+        )
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise FastkitError(f"{adapter} holds no adapter: it has no adapter_config.json")
     merged = Merged(adapter, model=model, device=device, quantize=quantize)

@@ -16,8 +16,11 @@ from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
 from fastkit.train import data, facts, packing, private, processes, run_folder, sharding
 from fastkit.train import trainer as trainer_
-from fastkit.train.callbacks import Bar, LivePlot, curves, in_notebook
+from fastkit.train.callbacks import Bar, LivePlot, Spent, curves, in_notebook
 from fastkit.train.config import FinetuneConfig
+from fastkit.train.model_card import write_card
+
+FEW = 10  # answers to validate on, below which a warning says so
 
 
 def finetune(**settings) -> dict:
@@ -48,7 +51,7 @@ class FineTune:
             raise FastkitError(f"unknown setting: {error}") from error
         self.config.check()
         self.metrics = {"config": self.config.as_dict()}
-        self._ending = ExitStack()
+        self._ending, self._finished = ExitStack(), False
 
     def __enter__(self) -> "FineTune":
         if self.config.private:
@@ -73,6 +76,8 @@ class FineTune:
         use_kernels = self._use_kernels(device)
         if config.compute == "fp8":
             self._check_fp8(use_kernels, device)
+        if not use_kernels and config.plan != "off":
+            self._say_unused(device)
         self._settle_packing(use_kernels and device.type == "cuda")
         train_records, validation_records = data.load_splits(
             config.data, config.validation_fraction, config.seed, config.validation
@@ -90,6 +95,12 @@ class FineTune:
         tokenize = dict(max_length=config.max_length, on_long=config.on_long, context=context)
         self.train_set = data.tokenize_records(train_records, self.tokenizer, **tokenize)
         self.validation_set = data.tokenize_records(validation_records, self.tokenizer, **tokenize)
+        if len(self.validation_set) < FEW and (answers := data.count_answers(self.validation_set)) < FEW:
+            warnings.warn(
+                f"the validation loss rests on {answers} answer{'s' * (answers > 1)}: add records, or give more by "
+                "--validation or --validation_fraction",
+                stacklevel=2,
+            )
         self.asked = facts.questions(validation_records) if config.facts else []
         self.samples = facts.samples(validation_records, config.samples)
         self.model = add_lora(base, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed)
@@ -123,7 +134,17 @@ class FineTune:
         return self
 
     def train(self) -> dict:
-        """Train, from the last checkpoint if `resume`; returns the metrics so far."""
+        """Train, from the last checkpoint if `resume`; returns the metrics so far.
+
+        Of a run that has come to its end nothing is trained: `model` and `metrics` become what it left.
+        """
+        steps = self.trainer.args.max_steps
+        if self.config.resume and (left := processes.by_first(lambda: run_folder.finished(self.folder, steps))):
+            self.metrics, weights = left
+            print(f"already finished: {self.metrics['steps']} steps")
+            self.model.load_adapter(str(weights), self.model.active_adapter, is_trainable=True)
+            self._finished = True
+            return self.metrics
         checkpoint = run_folder.last_checkpoint(self.folder) if self.config.resume else None
         if self.config.resume:
             print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from step 0")
@@ -135,22 +156,24 @@ class FineTune:
         if self.config.progress and processes.is_first():
             before = self.metrics["before"]["validation_loss"]
             self.trainer.add_callback(LivePlot(before) if in_notebook() else Bar())
-        start = time.perf_counter()
+        seen = (self.trainer.tokens_seen, self.trainer.places_seen)
+        spent = Spent(lambda: tuple(int(processes.total(of)) for of in seen))
+        self.trainer.add_callback(spent)
         with self._out_of_memory():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.trainer.graphs = None  # and the memory that they hold
         state = self.trainer.state
-        tokens, places = (int(processes.total(seen)) for seen in (self.trainer.tokens_seen, self.trainer.places_seen))
+        took, (tokens, _) = spent.total(), spent.count()
         training, validation = curves(state.log_history)
         self.metrics |= {
             "steps": state.global_step,
             "resumed_from": checkpoint.name if checkpoint else None,
             "stopped_early": state.global_step < state.max_steps,
             "exported_step": state.best_global_step if self.config.keep == "best" else state.global_step,
-            "seconds": round(time.perf_counter() - start, 2),
-            "tokens": tokens,
-            "padding": round(1 - tokens / places, 4) if places else None,  # a part of what went through
-            "tokens_per_second": timer.rate(tokens),
+            "seconds": round(took["seconds"], 2),
+            "tokens": took["tokens"],  # as the seconds, with those of the parts before --resume
+            "padding": round(1 - took["tokens"] / took["places"], 4) if took["places"] else None,  # a part of all
+            "tokens_per_second": timer.rate(tokens),  # of this part
             "peak_memory_gib": round(peak_gib(self.device), 3),
             "plans_switched": self.trainer.retry.switched,
             "losses": training,
@@ -161,14 +184,21 @@ class FineTune:
         return self.metrics
 
     def save(self) -> Path:
-        """Write the adapter (safetensors, adapter_config.json, tokenizer) and metrics.json; returns its folder."""
+        """Write the adapter (safetensors, adapter_config.json, tokenizer) and metrics.json; returns its folder.
+
+        What a run that had come to its end left is not written again.
+        """
         target = self.folder / "adapter"
+        if self._finished and processes.by_first(target.is_dir):
+            return target
         weights = sharding.adapters(self.model) if self.trainer.sharded else None  # from all processes
         if processes.is_first():
             with run_folder.staged(target) as staging:
                 self.model.save_pretrained(staging, state_dict=weights, safe_serialization=True)
                 self.tokenizer.save_pretrained(staging)
-            run_folder.write_json(self.folder / "metrics.json", self.metrics)
+                write_card(staging, "adapter", self.config, self.metrics)
+            if not self._finished:
+                run_folder.write_json(self.folder / "metrics.json", self.metrics)
         processes.wait()
         return target
 
@@ -197,6 +227,12 @@ class FineTune:
             warnings.warn("triton does not import: the model runs on torch's slower operations", stacklevel=3)
             return False
         return True
+
+    def _say_unused(self, device: torch.device) -> None:
+        config = self.config
+        given = f"--plan {config.plan}" + (f" and --budget {config.budget} are" if config.budget else " is")
+        why = f"kernels are off{' on the CPU' if device.type == 'cpu' else ''} (--kernels {config.kernels})"
+        warnings.warn(f"{given} not used: {why}", stacklevel=3)
 
     def _check_fp8(self, use_kernels: bool, device: torch.device) -> None:
         if not use_kernels:

@@ -75,7 +75,7 @@ def check(model: str) -> None:
     if model == "smollm2" and not smollm2.is_cached():
         raise FastkitError(
             f"a private run does not download, and {smollm2.NAME} is not in {cache_dir()} yet: run `fastkit generate "
-            "hello` once before it, or name the folder of a model"
+            "--prompt hello` once before it, or name the folder of a model"
         )
 
 

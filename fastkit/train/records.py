@@ -29,6 +29,7 @@ ROLES = {
     **{name: name for name in ("system", "user", "assistant")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
 }
+MEND = "mend it there or remove the record (json.dumps writes it right)"
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _BATCH = 1000  # records held as Python objects at a time
 
@@ -187,9 +188,11 @@ def _parse(line: str, where: str) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise FastkitError(f"{where}: not JSON: {error.msg} at column {error.colno} ({_show(line.strip())})") from None
+        raise FastkitError(
+            f"{where}: not JSON: {error.msg} at column {error.colno} ({_show(line.strip())}); {MEND}"
+        ) from None
     except RecursionError:
-        raise FastkitError(f"{where}: not JSON that can be read: nested too deeply") from None
+        raise FastkitError(f"{where}: not JSON that can be read: nested too deeply; {MEND}") from None
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
@@ -204,7 +207,8 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
             yield from _jsonl(path)
             return
         line, why = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
-        raise FastkitError(f"{path} line {line}: not JSON: {why} at column {getattr(error, 'colno', 1)}") from None
+        column = getattr(error, "colno", 1)
+        raise FastkitError(f"{path} line {line}: not JSON: {why} at column {column}; {MEND}") from None
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         data = data["data"]
     elif isinstance(data, dict):
@@ -236,7 +240,10 @@ def _csv(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 find_form(header, where)
             except FastkitError as error:
-                raise FastkitError(f"{error}; the first line must be a header, comma-separated") from None
+                raise FastkitError(
+                    f"{error}; the first line must be a header, comma-separated: rename the columns to "
+                    "prompt,completion, or add that line"
+                ) from None
             if len(set(header)) != len(header):
                 raise FastkitError(f"{where}: a column is named twice in {_show(header)}; rename one")
             continue

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 from fastkit.errors import FastkitError
@@ -47,6 +49,37 @@ def _records_a_step(config: dict, count: int) -> int:
     return config["batch_size"] * config["accumulation"] * count
 
 
+def as_begun(config: FinetuneConfig, given: set[str]) -> FinetuneConfig:
+    """`config`, all but its settings named in `given` as they were when the run in its output folder began."""
+    try:
+        earlier = json.loads((Path(config.output) / RUN_FILE).read_text())["config"]
+        names = {f.name for f in fields(config)} & earlier.keys() - given - {"output", "resume", "progress"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config  # no run yet, or a damaged one, of which `check` speaks
+    if "plan" in given:
+        names.discard("budget")  # it was the other plan's
+    return replace(config, **{name: earlier[name] for name in names})
+
+
+def finished(folder: Path, steps: int) -> tuple[dict, Path] | None:
+    """(metrics.json, the folder of the adapter's weights) of a run of `steps` steps that has come to its end, or None.
+
+    The weights are those in `adapter`, or where that is missing in the checkpoint that was exported. A run whose last
+    checkpoints were taken away, and not all, has not ended: it goes on from what is left.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        last = last_checkpoint(folder)
+        behind = last is not None and _step(last) < metrics["steps"]
+        done = metrics["stopped_early"] or (metrics["steps"] >= steps and not behind)
+        places = [folder / "adapter", folder / f"checkpoint-{metrics['exported_step']}"]
+        whole = metrics.keys() >= {"before", "after"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    found = [place for place in places if (place / "adapter_model.safetensors").is_file()]
+    return (metrics, found[0]) if done and whole and found else None
+
+
 def claim(config: FinetuneConfig) -> Path:
     """Make the output folder for this run, once all its inputs are known to be good. Raises as `check`."""
     check(config)
@@ -74,8 +107,13 @@ def fresh(output: str | Path) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; a `checkpoint-N` folder exists only once it is whole."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return max(found)[1] if found else None
+    return max(
+        (p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=_step, default=None
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 @contextmanager
@@ -83,12 +121,16 @@ def staged(target: Path):
     """Yield a folder to write into; it takes the name `target` in one rename once all of it is on the disk.
 
     On any error the half-written folder is removed and `target` stays as it was. A full disk becomes a FastkitError.
+    Folders and files get the rights that the umask gives: safetensors would make them the user's alone.
     """
     staging = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
+        staging = target.parent / f"{STAGING}{uuid.uuid4().hex}"
+        staging.mkdir()  # not by mkdtemp, which asks no umask
         yield staging
+        rights = staging.stat().st_mode & 0o777
         for path in (*staging.rglob("*"), staging):
+            path.chmod(rights if path.is_dir() else rights & 0o666)
             _sync(path)
         old = None
         if target.exists():
