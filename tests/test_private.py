@@ -129,7 +129,7 @@ def test_hubs_are_offline_within_alone(tmp_path):
 
 def test_what_is_not_there_is_not_downloaded(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTKIT_CACHE", str(tmp_path))
-    with pytest.raises(FastkitError, match="does not download, and SmolLM2.* run `fastkit generate --prompt hello` "):
+    with pytest.raises(FastkitError, match=r"does not download, and SmolLM2.* run `fastkit generate --prompt hello` "):
         finetune(**settings | {"model": "smollm2"}, private=True, output=str(tmp_path / "run"))
     with pytest.raises(FastkitError, match="cannot read 'owner/name' from the hub"):
         finetune(**settings | {"model": "owner/name"}, private=True, output=str(tmp_path / "run"))
