@@ -1,11 +1,8 @@
-"""compute="fp8": the products of frozen weights in FP8, in a group, a layer, a model and a fine-tune."""
-
-import copy
+"""compute="fp8": the products of frozen weights in FP8, in a group, a layer and a model."""
 
 import pytest
 import torch
 from fused_case import BATCH, WINDOWED, batch, fused, in_float64, model_of, run_layer, step, window_mask
-from test_trainer import inputs, train  # noqa: F401  a fixture
 from tiny import ARCHITECTURES, SHAPE
 
 from fastkit.errors import FastkitError
@@ -16,9 +13,7 @@ from fastkit.models.patch import fused_layers, patch, patched, unpatch
 from fastkit.models.plans import PLANS
 from fastkit.models.products import FP8Group
 from fastkit.models.projection import Adapter, Group, Projection
-from fastkit.models.warmup import warm_up
 from fastkit.ops import dequantize_nf4, merged_dequantize_fp8, quantize_nf4, shared_scale, weight_bounds
-from fastkit.train.config import FinetuneConfig
 
 FP8 = torch.float8_e4m3fn
 pytestmark = pytest.mark.skipif(
@@ -371,49 +366,3 @@ def test_fp8_needs_less_memory_and_less_time(plan):
         assert fewer < as_many or (attention_needs_most and fewer == as_many)
         if not PLANS[plan].offload:  # there is less to hide copies behind
             assert budget.cost_seconds(fp8, M, PLANS[plan]) == budget.cost_seconds(plain, M, PLANS[plan]) / 2
-
-
-# --- a fine-tune
-
-
-SETTINGS = dict(steps=4, accumulation=2, batch_size=2)
-
-
-@pytest.mark.slow
-def test_a_fine_tune(inputs, tmp_path, references):  # noqa: F811
-    plain = train(inputs, tmp_path / "plain", kernels="on", plan="keep", **SETTINGS)
-    ours = train(inputs, tmp_path / "fp8", kernels="on", plan="auto", budget="2GiB", compute="fp8", **SETTINGS)
-    assert ours["config"]["compute"] == "fp8" and ours["kernels"]["layers"] == 2
-    assert ours["memory"]["workspace"] <= plain["memory"]["workspace"]
-    assert 0 < abs(ours["after"]["validation_loss"] - plain["after"]["validation_loss"]) <= 0.02
-    with pytest.raises(
-        FastkitError, match="--compute fp8 is for fused layers, and this run has none: add --kernels on"
-    ):
-        train(inputs, tmp_path / "none", plan="keep", compute="fp8", device="cpu", **SETTINGS)
-
-
-def test_a_warm_up(folders, references):
-    found = warm_up(
-        str(folders["llama"]), batch=1, seq=8, rank=4, plans=["keep"], compute="fp8", every_length=False, device="cpu"
-    )
-    assert found.steps == 4
-    with pytest.raises(FastkitError, match="no compute 'fp4'"):
-        warm_up(str(folders["llama"]), seq=8, plans=["keep"], compute="fp4", every_length=False, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(), "--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto"),
-        (dict(plan="auto", dropout=0.1), "--compute fp8 has the adapters in the weights: leave out --dropout 0.1"),
-    ],
-)
-def test_settings_that_contradict(settings, message):
-    with pytest.raises(FastkitError, match=message):
-        FinetuneConfig(compute="fp8", **settings).check()
-
-
-def test_a_resumed_run_keeps_its_compute():
-    config = FinetuneConfig(compute="fp8", plan="auto")
-    assert config.differences(FinetuneConfig(plan="auto").as_dict()) == ["compute"]
-    assert not config.differences(copy.deepcopy(config).as_dict())

@@ -98,9 +98,8 @@ class Shape:
         attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q) * s
         product, W_qkv = M * K * s, (Q + 2 * N) * K * self.factor
         held = W_qkv if plan.holds and plan.attention and not plan.qkv and not self.fp8 else 0
-        attention += max(
-            product + W_qkv, qkv * s + 4 * M * Q + held
-        )  # cuDNN's own dq, dk, dv, and a sum for dq in fp32
+        cudnn = qkv * s + 4 * M * Q  # its own dq, dk and dv, and a sum for dq in fp32
+        attention += max(product + W_qkv, cudnn + held)
         attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
             mlp += (qkv + M * Q + M * K) * s

@@ -178,11 +178,11 @@ def gated_backward_as_(
     Overwrites da and gate_up, which only for FP8 may be Unscaled."""
     if dtype != FP8:
         return (gated_backward_(da, gate_up),) * 2 + (da,)
-    (da, da_factor), (gate_up, factor) = apart(da), apart(gate_up)
-    if not on_fp8_kernels("swiglu_fp8", da):
-        da, gate_up = (x if s is None else Unscaled(x, s).scaled() for x, s in ((da, da_factor), (gate_up, factor)))
+    if not on_fp8_kernels("swiglu_fp8", apart(da)[0]):
+        da, gate_up = (x.scaled() if isinstance(x, Unscaled) else x for x in (da, gate_up))
         dgate_up = gated_backward_(da, gate_up)
         return dgate_up, quantized(dgate_up), da
+    (da, da_factor), (gate_up, factor) = apart(da), apart(gate_up)
     gate, up = gate_up.chunk(2, 1)
     scale, a = torch.empty(len(gate), dtype=torch.float32, device=gate.device), torch.empty_like(da)
     d8 = swiglu_fp8.launch_backward(da, gate, up, scale, a, da_factor, factor)
