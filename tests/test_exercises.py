@@ -149,6 +149,20 @@ def test_an_answer_of_this_process():
 
 
 @pytest.mark.parametrize(
+    ("exercise", "fault", "seed"),
+    [
+        ("attention_dk_dv", "mask_turned_round", 1936511324),  # overflows in half of the cases
+        ("attend_causal", "no_maximum", 1395917040),  # and in all but one
+        ("rms_norm_backward_dx", "mean_over_the_block", 574871472),  # near the truth in most
+    ],
+)
+def test_a_smallest_case_near_the_truth_does_not_hide_a_wrong_result(exercise, fault, seed):
+    name = f"wrong/{exercise}__{fault}"
+    verdict = check(exercise, ANSWERS / f"{name}.py", seed=seed)
+    assert not verdict and verdict.property == WRONG[name], verdict
+
+
+@pytest.mark.parametrize(
     ("name", "answer", "message"),
     [
         ("vector_ad", "def f():\n    pass\n", "no exercise is named 'vector_ad': there are vector_add, copy_coalesced"),

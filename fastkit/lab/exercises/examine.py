@@ -13,7 +13,7 @@ from fastkit.lab.exercises.function import Function, as_known_mistake, run_calls
 DRAWN = 2  # sizes drawn anew in each check
 FINAL = {"signature", "exit", "crash"}  # found on the first case, or the end of all
 BACKWARDS = 3  # every so many cases, the programs also run from last to first
-SHAPE_LIKE = {"values", "unwritten", "exception", "out of bounds", "masked lanes", "compile"}
+SHAPE_LIKE = {"values", "precision", "unwritten", "exception", "out of bounds", "masked lanes", "compile"}
 
 
 @dataclass
@@ -98,8 +98,9 @@ class _Examination:
         """The smallest failing case; not one that looks like lost digits where most others show a wrong result."""
         failed = list(self.failed.items())
         if failed[0][1].property == "precision":
-            wrong = [item for item in failed if item[1].property == "values" and item[1].finite]
-            return (wrong if len(wrong) > len(failed) / 2 else failed)[0]
+            wrong = [item for item in failed if item[1].property == "values"]
+            if len(wrong) > len(failed) / 2:
+                return next((item for item in wrong if item[1].finite), wrong[0])
         return failed[0]
 
     def shrink(self, case: Case, finding: Finding) -> tuple[Case, Finding]:
