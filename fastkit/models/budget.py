@@ -18,6 +18,7 @@ from fastkit.models.plans import PLANS, Plan
 MARGIN = 0.06  # of the memory: what the allocator reserves beyond what is allocated
 MATRIX_RATE, LINK_RATE = 100e12, 20e9  # operations a second and bytes a second each way, where nothing is measured
 FP8_FASTER = 2  # than 16 bits, on the cards that have it
+OTHER_WORK = 0.15  # of the time of a forward's products in 16 bits: what is elementwise, and attention, a third of it
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -45,16 +46,20 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 def cost_seconds(shape: Shape, M: int, plan: Plan, matrix_rate: float = MATRIX_RATE, link_rate: float = LINK_RATE):
     """Seconds that `plan` adds to a layer's step of M tokens, over "keep"; matrix_rate: of 16 bits."""
-    matrix_rate *= FP8_FASTER if shape.fp8 else 1
     K, Q, N, I = shape.hidden, shape.queries, shape.keys, shape.intermediate
-    products = {"gate_up": 2 * I * K, "qkv": (Q + 2 * N) * K, "attention": Q * K}
-    again = sum(size for name, size in products.items() if not getattr(plan, name))
-    forward = 2 * M * (sum(products.values()) + I * K) / matrix_rate
-    added = 2 * M * again / matrix_rate
+    sizes = {"gate_up": 2 * I * K, "qkv": (Q + 2 * N) * K, "attention": Q * K}
+    weights = sum(sizes.values()) + I * K
+    operation = 2 * M / matrix_rate  # seconds for each number of a weight
+    product = operation / (FP8_FASTER if shape.fp8 else 1)
+    other = OTHER_WORK * operation * weights
+    again = product * sum(size for name, size in sizes.items() if not getattr(plan, name))
+    again += 0 if plan.attention else other / 3
+    added = again
     if plan.chunks > 1:
-        added += 0.1 * forward  # smaller products
-    if plan.offload:
-        added += 2 * max(0.0, shape.kept(M, plan)[0] / link_rate - forward)
+        added += 0.1 * product * weights  # smaller products
+    if plan.offload:  # hidden or not, copies are in the way a little; a backward's products are those of the forward
+        forward, copy = product * weights + other, shape.kept(M, plan)[0] / link_rate
+        added += 0.05 * copy + max(0.0, copy - forward) + max(0.0, copy - forward - again)
     return added
 
 
