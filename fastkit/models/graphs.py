@@ -78,15 +78,14 @@ class Graphs:
         """
         if "attention_mask" in inputs:
             raise ValueError("a captured step takes no attention_mask: leave it out, see fastkit.models.graphs")
+        self._attach()
         plans = [layer.plan for layer in fused_layers(self.model)]
         if any(plan is not None and plan.offload for plan in plans):  # since memory ran out, it may be
             self.captured.clear()
-            self._attach()
             return self._pass(compute, inputs)
         if (now := (self._addresses(), plans)) != self._captured_under:  # what was captured is another step
             self.captured.clear()
             self._captured_under = now
-        self._attach()
         kind, ended = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(inputs.items())), None
         if "position_ids" in inputs:
             ended = filled(ends(begin(inputs["position_ids"])))
