@@ -1,7 +1,6 @@
 """For all tests: without a GPU, Triton's kernels run in its interpreter and tests marked `gpu` are skipped, visibly."""
 
 import os
-import random
 import sys
 
 # A worker a core: more threads than that only wait for one another. Also for the processes that tests start.
@@ -10,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+from seeds import drawn
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -63,7 +63,7 @@ def poisoned():
 @pytest.fixture
 def fresh_seed():
     """Seed torch anew in every run; a failing test shows the seed, and FASTKIT_TEST_SEED brings it back."""
-    seed = int(os.environ.get("FASTKIT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    seed = drawn()
     print(f"FASTKIT_TEST_SEED={seed}")
     torch.manual_seed(seed)
 
