@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from cards import needs_fp8
 from fused_case import BATCH, fused, layers_of, model_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,11 +131,9 @@ def test_what_is_no_amount_is_refused(text):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute", ["auto", "fp8"])
+@pytest.mark.parametrize("compute", ["auto", pytest.param("fp8", marks=needs_fp8)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_peak_on_a_gpu_is_within_5_percent_of_the_estimate(plan, compute, fresh_seed, monkeypatch):
-    if compute == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this card has no FP8")
     from bitsandbytes.optim import AdamW8bit
 
     from fastkit.models import add_lora, load

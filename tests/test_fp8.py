@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cards import needs_fp8
 from fused_case import BATCH, WINDOWED, batch, fused, in_float64, model_of, run_layer, step, window_mask
 from tiny import ARCHITECTURES, SHAPE
 
@@ -16,9 +17,7 @@ from fastkit.models.projection import Adapter, Group, Projection
 from fastkit.ops import dequantize_nf4, merged_dequantize_fp8, quantize_nf4, shared_scale, weight_bounds
 
 FP8 = torch.float8_e4m3fn
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this card has no FP8"
-)
+pytestmark = needs_fp8
 
 
 def error(ours, truth):

@@ -3,16 +3,14 @@
 import copy
 
 import pytest
-import torch
+from cards import needs_fp8
 from test_trainer import inputs, train  # noqa: F401  a fixture
 
 from fastkit.errors import FastkitError
 from fastkit.models.warmup import warm_up
 from fastkit.train.config import FinetuneConfig
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this card has no FP8"
-)
+pytestmark = needs_fp8
 SETTINGS = dict(steps=4, accumulation=2, batch_size=2)
 
 

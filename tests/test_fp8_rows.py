@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cards import needs_fp8
 from compiled import compile_all
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +14,7 @@ from fastkit.ops import quantize_rows_fp8
 FP8 = torch.float8_e4m3fn
 BLOCKS = [{}, {"BLOCK_N": 32, "num_warps": 1}]  # a row in one block, and in several
 pytestmark = [
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this card has no FP8"
-    ),
+    needs_fp8,
     pytest.mark.usefixtures("poisoned", "fresh_seed"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # the interpreter's numpy
 ]
