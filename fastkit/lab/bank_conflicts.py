@@ -37,9 +37,7 @@ class SharedAccess:
     requests: int | None = None
     wavefronts: int | None = None
     least: int | None = None
-    offsets: np.ndarray | None = field(
-        default=None, repr=False
-    )  # int64 [lanes]: the byte offset of each lane's first request
+    offsets: np.ndarray | None = field(default=None, repr=False)  # int64 [lanes]: in bytes, each lane's first request
     unknown: str = ""
 
     @property

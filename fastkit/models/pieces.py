@@ -175,7 +175,8 @@ def gated_backward_as_(
 ) -> tuple[torch.Tensor, torch.Tensor | FP8Rows, torch.Tensor]:
     """(dgate and dup [M, 2 N], the same in `dtype`, silu(gate) * up [M, N]): dtype is gate_up's, or FP8.
 
-    Overwrites da and gate_up, which only for FP8 may be Unscaled."""
+    Overwrites da and gate_up, which only for FP8 may be Unscaled.
+    """
     if dtype != FP8:
         return (gated_backward_(da, gate_up),) * 2 + (da,)
     if not on_fp8_kernels("swiglu_fp8", apart(da)[0]):
