@@ -225,7 +225,7 @@ def proof(result: dict) -> str:
     lost = 1 - (turns["swizzled"] - 1) / (turns["shared"] - 1)
     launches = len({row["case"] for row in rows})
     return (
-        f"**The tracer tells the truth**: its predictions for {launches} launches of the ladders, RMSNorm and SwiGLU, "
+        f"**The tracer tells the truth**: its predictions for {launches} launches of all ladders, RMSNorm and SwiGLU, "
         f"made without running them, beside Nsight Compute's counters, {len(rows)} numbers ({_link(result)}). Where no "
         f"lane is masked, sectors a request are equal, elsewhere within 2%, traffic within 5%, and conflicts of the "
         f"banks within a tenth; all hold. By the same counters the transpose loses {lost:.2%} of its bank conflicts "
@@ -250,7 +250,7 @@ TABLES = {
     "mistral_7b_4x2048": commands,
     "canary_smollm2": learning,
     "ladders_h100": kernel_times,
-    "tracer_h100": proof,
+    "tracer_h200": proof,
 }
 
 

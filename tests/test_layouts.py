@@ -110,6 +110,37 @@ def test_traffic_is_that_counted_byte_by_byte(data, width, spread, aligned):
     assert (found.requests, found.sectors, found.lines, found.bytes_asked) == counted(addresses, width, active)
 
 
+def of_copies(stride, vectors, rows, start):
+    """(addresses, which are active) of a request for `vectors` times 16 bytes of each of `rows` rows, 8 lanes a row."""
+    row, place = np.divmod(np.arange(32), 8)
+    return (start + row * stride + place * 16)[None], ((place < vectors) & (row < rows))[None]
+
+
+COUNTED = [  # by Nsight Compute on an H200: (bytes between rows, vectors, rows, first byte): cp.async.cg, ld.global.v4
+    ((80, 5, 4, 0), 14, 10),
+    ((80, 5, 3, 0), 10, 8),
+    ((80, 5, 4, 320), 12, 10),
+    ((80, 8, 4, 0), 18, 12),
+    ((80, 2, 4, 0), 5, 6),
+    ((128, 2, 4, 16), 4, 8),
+    ((128, 8, 4, 16), 20, 17),
+    ((48, 3, 4, 192), 9, 6),
+    ((48, 5, 3, 192), 10, 6),
+    ((96, 8, 4, 384), 16, 13),
+    ((176, 2, 3, 704), 4, 4),
+    ((176, 1, 4, 0), 4, 4),
+    ((208, 2, 4, 0), 5, 6),
+    ((112, 5, 4, 448), 12, 12),
+]
+
+
+@pytest.mark.parametrize(("pattern", "copied", "loaded"), COUNTED)
+def test_sectors_of_copies_that_go_past_l1(pattern, copied, loaded):
+    addresses, active = of_copies(*pattern)
+    assert traffic(addresses, 16, active, past_l1=True).sectors == copied
+    assert traffic(addresses, 16, active).sectors == loaded
+
+
 def test_traffic_of_known_cases():
     lanes, every = np.arange(32)[None], np.ones((1, 32), bool)
     sectors = lambda addresses, width: traffic(addresses, width, every).sectors  # noqa: E731

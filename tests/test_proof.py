@@ -9,17 +9,21 @@ from fastkit.lab.profile import beside
 from fastkit.lab.results import RESULTS, load
 
 RECORDS = [load(path) for path in sorted(RESULTS.glob("tracer_*.json"))]
+WASTEFUL = ("strided", "aos", "naive", "norm", "attention")  # a mean or a sum a row is stored as one number
 PROVED = [(record, case) for record in RECORDS for case in dict.fromkeys(row["case"] for row in record["rows"])]
 
 
 @pytest.mark.parametrize("case", proof.cases("meta"))
 def test_every_case_is_predicted_on_any_machine(case):
-    (trace,) = proof.predict(case, "sm_90", sms=132)
-    assert all(not access.unknown for access in trace.accesses if access.kind in ("load", "store"))
-    whats = {row["what"] for row in beside(trace, {})}
-    assert {"registers", "occupancy"} < whats and any(what.endswith("_bytes_moved") for what in whats)
-    if case.endswith("full") and "strided" not in case and "naive" not in case and "rms_norm" not in case:
-        assert all(access.efficiency == 1 for access in trace.accesses)
+    for trace in proof.predict(case, "sm_90", sms=132):
+        loads_and_stores = [  # an access without an instruction was given up: another gives the same
+            access for access in trace.accesses if access.kind in ("load", "store") and access.instruction
+        ]
+        assert all(not access.unknown for access in loads_and_stores)
+        whats = {row["what"] for row in beside(trace, {})}
+        assert {"registers", "occupancy"} < whats and any(what.endswith("_bytes_moved") for what in whats)
+        if case.endswith("full") and not any(wasteful in case for wasteful in WASTEFUL):
+            assert all(access.efficiency == 1 for access in loads_and_stores)
 
 
 @pytest.mark.parametrize(("record", "case"), PROVED, ids=[f"{r['card']['name']}, {case}" for r, case in PROVED])
@@ -27,12 +31,13 @@ def test_the_counters_agree(record, case):
     rows = [row for row in record["rows"] if row["case"] == case]
     for row in rows:  # as predicted on the card's own machine
         assert proof.allowed(row) is None or proof.off(row) <= proof.allowed(row), row
-    (trace,) = proof.predict(case, record["card"]["arch"], record["card"]["sms"])
-    if proof.layouts(trace) != rows[0]["layouts"]:
+    traces = proof.predict(case, record["card"]["arch"], record["card"]["sms"])
+    if {proof.layouts(trace) for trace in traces} != {row["layouts"] for row in rows}:
         pytest.skip(f"this Triton compiles it otherwise than {record['versions']['triton']}, which was measured")
-    measured = {row["what"]: row["measured"] for row in rows}
-    for row in beside(trace, {}):
-        row |= {"case": case, "measured": measured[row["what"]]}
+    again = [row for trace in traces for row in beside(trace, {})]
+    for row, before in zip(again, rows, strict=True):
+        assert row["what"] == before["what"]
+        row |= {"case": case, "measured": before["measured"]}
         assert proof.allowed(row) is None or proof.off(row) <= proof.allowed(row), row
 
 

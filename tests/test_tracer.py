@@ -51,6 +51,15 @@ def many(x_ptr, y_ptr, z_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def again(x_ptr, y_ptr, turns, BLOCK: tl.constexpr):
+    i, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
+    for turn in range(0, turns):
+        x = tl.load(x_ptr + i)  # the same each time: taken out of the loop
+        total += x * tl.load(y_ptr + turn * BLOCK + i)
+    tl.store(y_ptr + turns * BLOCK + i, total)
+
+
+@triton.jit
 def packed(q_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     q = tl.load(q_ptr + i)  # two 4-bit numbers a byte
@@ -383,3 +392,10 @@ def test_errors(call, message):
     with pytest.raises(FastkitError, match=message) as caught:
         call(torch.zeros(64))
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_compiler_takes_out_of_a_loop_is_counted_once():
+    x, y = torch.zeros(128), torch.zeros(2 * 10 * 128)
+    found = trace(again, (1,), (x, y, 10), BLOCK=128, num_warps=1)
+    expected = [("x_ptr", "load", 1), ("y_ptr", "load", 10), ("y_ptr", "store", 1)]
+    assert [(a.argument, a.kind, a.requests) for a in found.accesses] == expected

@@ -39,6 +39,8 @@ class Plan:
     layout: LinearLayout | None
     vector: int  # elements a lane moves with one instruction
     once: bool  # no element twice: a store, or a copy into shared memory
+    past_l1: bool = False  # see layouts.traffic
+    executions: int | None = None  # by a program at most, where the code makes it outside of all loops
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Found:
     argument: int = -1  # number of the allocation; -1 if no lane was ever active
     traffic: Traffic = field(default_factory=Traffic)
     executions: int = 0
+    unknown: str = ""  # why the traffic is not to be told
     lanes: np.ndarray | None = None  # int64 [lanes]: offsets in the first request; -1 for a lane that takes no part
     tile: np.ndarray | None = None  # int64, shaped as the tile: offsets in the first execution; -1 where masked
     walk: list[tuple[tuple[int, int, int], int]] = field(default_factory=list)  # (program, first byte) of executions
@@ -151,6 +154,7 @@ class _Recorder:
         self.settled = {}  # (kind, chain) -> {columns: plan}
         self.unplanned = {}
         self.known = {}  # (plan, digest of offsets) -> what `requested` gives
+        self.unlooped = {}  # (plan, program) -> {its executions' addresses: [how many, the traffic of one]}
         self.touched = None
         if whole:
             self.touched = {
@@ -256,7 +260,10 @@ class _Recorder:
         if key not in self.known:  # where a line begins is all that matters of the base, so most tiles cost the same
             self.known[key] = self.requested(number, pattern.reshape(-1), active.reshape(-1), size)
         moved, first = self.known[key]
-        found.traffic += moved
+        if self.plans[number].executions is None:
+            found.traffic += moved
+        else:
+            self.unlooped.setdefault((number, program), {}).setdefault((key, base), [0, moved])[0] += 1
         start = int(self.starts[owner])
         if found.argument < 0:
             found.argument = owner
@@ -265,6 +272,18 @@ class _Recorder:
                 found.tile = np.where(active, addresses - start, -1)
         if len(found.walk) < WALK:
             found.walk.append((program, low - start))
+
+    def add_unlooped(self) -> None:
+        """Add the traffic of what stands in no loop. Where the source has it in one, but always the same, the compiler
+        took it out, and made each execution that differs once."""
+        for (number, _), executions in self.unlooped.items():
+            found, most = self.found[number], self.plans[number].executions
+            hoisted = sum(times for times, _ in executions.values()) > most
+            if hoisted and len(executions) != most:
+                found.unknown = "the compiler took it out of a loop, in part"
+            for times, moved in executions.values():
+                for _ in range(1 if hoisted else times):
+                    found.traffic += moved
 
     def requested(self, number, offsets, active, size) -> tuple[Traffic, np.ndarray]:
         """The traffic of one execution, and the first request's offsets by lane; -1 in both for what takes no part."""
@@ -276,7 +295,7 @@ class _Recorder:
             lanes, width = offsets[requests.elements], size * plan.vector
             taken = (lanes >= 0) & requests.active
         first = int(np.argmax(taken.any(axis=1)))
-        moved = traffic(lanes, width, taken)
+        moved = traffic(lanes, width, taken, plan.past_l1)
         if requests is None:
             moved.bytes_asked = size * int(active.sum())
         return moved, np.where(taken[first], lanes[first], -1)
@@ -291,6 +310,7 @@ class _Recorder:
                 if len(fits) == len(alike) == 1:
                     plan_of[columns] = fits[0]
             self.settle(group, plan_of)
+        self.add_unlooped()
         touched = None
         if whole and self.touched is not None:
             touched = {

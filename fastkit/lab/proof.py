@@ -14,7 +14,7 @@ import torch
 
 from fastkit.errors import FastkitError
 from fastkit.kernels import common, rms_norm, swiglu
-from fastkit.kernels.ladders import copy, matmul, softmax, transpose
+from fastkit.kernels.ladders import add, add_norm, attention, copy, horner, matmul, softmax, transpose, weight_update
 from fastkit.lab.device import card, versions
 from fastkit.lab.profile import beside, profile
 from fastkit.lab.results import record
@@ -22,10 +22,15 @@ from fastkit.lab.tracer import Trace, trace_launches
 
 KERNELS = r"^_\w+_kernel$"  # ours; torch's fill the inputs
 LADDERS = {  # shapes whose tiles are full, and odd ones, where masks cut some off
-    copy: (((2**22,), (2**22,)), ((2**16 - 37,), (2**16 - 37,))),
+    add: (3 * ((2**20,),), 3 * ((2**16 - 37,),)),
+    add_norm: (3 * ((1024, 4096),), 3 * ((99, 3001),)),
+    copy: (2 * ((2**22,),), 2 * ((2**16 - 37,),)),
+    weight_update: (((2**20, 8),), ((2**16 - 37, 8),)),
     transpose: (((2048, 2048), (2048, 2048)), ((200, 333), (333, 200))),
-    softmax: (((1024, 4096), (1024, 4096)), ((99, 3001), (99, 3001))),
+    softmax: (2 * ((1024, 4096),), 2 * ((99, 3001),)),
+    horner: (2 * ((2**20,),), 2 * ((2**16 - 37,),)),
     matmul: (((1024, 1024), (1024, 1024), (1024, 1024)), ((200, 88), (88, 208), (200, 208))),
+    attention: (4 * ((1, 2, 512, 64),), 4 * ((1, 1, 203, 40),)),
 }
 ROWS = ((2112, 4096), (99, 3001))  # 2112: as many rows for each of 2 programs on each of an H100's 132 SMs
 PROGRAMS = {"full": 32, "odd": None}  # of odd shapes all: programs at an edge are not like the others
@@ -38,10 +43,13 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     """
     found = {}
     for module, sizes in LADDERS.items():
-        dtype = torch.float16 if module is matmul else torch.float32
+        dtype = torch.float16 if module in (matmul, attention) else torch.float32
         for size, shapes in zip(("full", "odd"), sizes, strict=True):
-            tensors = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+            given = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+            if module is horner:
+                given.insert(1, 2)  # the degree
             for rung in module.RUNGS:
+                tensors = [weight_update.laid_out(given[0], rung.name)] if module is weight_update else given
                 if not rung.refuses(*tensors):
                     name = module.__name__.rpartition(".")[2]
                     found[f"{name} {rung.name} {size}"] = partial(rung.launcher, *tensors)

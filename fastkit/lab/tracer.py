@@ -23,7 +23,7 @@ from fastkit.lab.compiling import Compiled, compile_elsewhere
 from fastkit.lab.gluon_interpreter import Uninterpretable
 from fastkit.lab.interpreting import Found, Plan
 from fastkit.lab.launches import Launch, Parcel, catch, launch, modified
-from fastkit.lab.layouts import SECTOR, LinearLayout
+from fastkit.lab.layouts import SECTOR, LinearLayout, Requests
 from fastkit.lab.occupancy import occupancy
 from fastkit.lab.worker import INTERPRETER
 
@@ -290,18 +290,30 @@ def _plans(compiled: Compiled):
             name, bits = next(iter(made)), next(iter(widths))
             once = kind == "store" or name == "cp.async"
             vector = max(1, bits // site.bits)
-            plans.append(
-                (Plan(kind, place, site.shape, site.bits, site.layout, vector, once), (site, name, bits or None))
-            )
+            past_l1 = name == "cp.async" and bits == 128
+            executions = _unlooped(compiled, site, name, vector, once)
+            plan = Plan(kind, place, site.shape, site.bits, site.layout, vector, once, past_l1, executions)
+            plans.append((plan, (site, name, bits or None)))
     return plans, rest
+
+
+def _unlooped(compiled: Compiled, site, name: str, vector: int, once: bool) -> int | None:
+    """How often a program makes an access at most, if all its instructions stand outside of loops; else None."""
+    made = [i for i in compiled.memory_instructions if i.place == site.place and i.name == name]
+    if site.layout is None or any(instruction.looped for instruction in made):
+        return None
+    warps = Requests.of(site.layout, vector, once).warp
+    a_warp = len(warps) // len(set(warps.tolist()))  # instructions for one execution
+    return len(made) // a_warp if len(made) % a_warp == 0 else None
 
 
 def _access(parcel, plan: Plan, how, found: Found | None, scale, owners) -> Access:
     site, name, bits = how
     file, line, source = _line(parcel, plan.place)
     known = {}
-    if found is None:
-        known = {"unknown": "no traced program came here, or its line has other accesses too"}
+    if found is None or found.unknown:
+        why = found.unknown if found else "no traced program came here, or its line has other accesses too"
+        known = {"unknown": why}
     else:
         moved = found.traffic
         known = {
