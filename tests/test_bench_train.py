@@ -59,9 +59,11 @@ def test_a_run(model, capsys, monkeypatch, tmp_path):
     assert rows["ours, keep"]["layers"] == "2 layers keep" and rows["ours, keep"]["estimated_gib"] > 0
 
 
-def test_graphs_are_for_plans_that_do_not_offload(model):
-    config = TrainBenchConfig(vs="none", shape=model, plan=["keep", "leanest"], graphs=True, **STEP)
-    assert [bench_train.label(one) for one in config.settings()] == ["ours, keep", "ours, leanest", "ours, keep, graph"]
+def test_each_plan_with_and_without_a_graph(model):
+    config = TrainBenchConfig(vs="none", shape=model, plan=["keep", "leanest"], graphs=["off", "on"], **STEP)
+    assert [bench_train.label(one) for one in config.settings()] == [
+        "ours, keep", "ours, leanest", "ours, keep, graph", "ours, leanest, graph"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

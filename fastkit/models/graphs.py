@@ -9,9 +9,11 @@ parameters have as their `grad`; so accumulating, clipping and any schedule go o
 Packed rows are captured too. Where their sequences end is read on the host before each pass and copied into a tensor of
 the graph's own, filled up with sequences of no tokens; `longest` is the row, for which the launch has blocks enough.
 
-Not in a graph: dropout, whose masks would be the same in every step; offloading, which a small batch does not need;
-attention masks, which are read on the host. A batch padded on the right needs no mask under causal attention: leave it
-out.
+So are the copies of plans that offload: their streams branch off the captured one and come back to it. The host memory
+that they go through was taken in the pass before, which was launched one by one, and is held by the graph.
+
+Not in a graph: dropout, whose masks would be the same in every step; attention masks, which are read on the host. A
+batch padded on the right needs no mask under causal attention: leave it out.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +44,6 @@ def lacking(model: nn.Module) -> str:
         return "its trained parameters are of several dtypes"
     if not (layers := fused_layers(model)):
         return "its layers are not fused"
-    if any(layer.plan is not None and layer.plan.offload for layer in layers):
-        return "its plan offloads"
     if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         return "it has dropout, whose masks would be the same in every step"
     if any(layer.checkpointed() for layer in layers):
@@ -79,12 +79,12 @@ class Graphs:
         if "attention_mask" in inputs:
             raise ValueError("a captured step takes no attention_mask: leave it out, see fastkit.models.graphs")
         self._attach()
-        plans = [layer.plan for layer in fused_layers(self.model)]
-        if any(plan is not None and plan.offload for plan in plans):  # since memory ran out, it may be
+        now = self._addresses(), [layer.plan for layer in fused_layers(self.model)]
+        if (
+            now != self._captured_under
+        ):  # what was captured is another step: memory ran out, say, and the plan is leaner
             self.captured.clear()
-            return self._pass(compute, inputs)
-        if (now := (self._addresses(), plans)) != self._captured_under:  # what was captured is another step
-            self.captured.clear()
+            self.seen.clear()
             self._captured_under = now
         kind, ended = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(inputs.items())), None
         if "position_ids" in inputs:
@@ -95,7 +95,7 @@ class Graphs:
                 self.seen.add(kind)
                 return self._pass(compute, inputs)
             self.captured[kind] = self._capture(compute, inputs, ended)
-        graph, own, own_ended, loss = self.captured[kind]
+        graph, own, own_ended, loss, _ = self.captured[kind]
         for name, x in inputs.items():
             own[name].copy_(x)
         if ended is not None:
@@ -111,13 +111,16 @@ class Graphs:
         return loss.detach()
 
     def _capture(self, compute, inputs: Inputs, ended: torch.Tensor | None):
-        """(the graph, its inputs, its cu_seqlens, its loss); capturing runs nothing."""
+        """(the graph, its inputs, its cu_seqlens, its loss, its host memory); capturing runs nothing."""
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
         packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
+        keepers = {id(layer.shared.keeper): layer.shared.keeper for layer in fused_layers(self.model)}.values()
         torch.cuda.synchronize()
+        for keeper in keepers:
+            keeper.settled()
         with told(self.model, packed), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self._pass(compute, own)  # thread_local: other threads may pin memory
-        return graph, own, packed and packed.cu_seqlens, loss
+        return graph, own, packed and packed.cu_seqlens, loss, [keeper.settled() for keeper in keepers]
 
     def _attach(self) -> None:
         """Have each parameter's `grad` be its buffer; empty where there was none."""

@@ -48,6 +48,16 @@ class Keeper:
         """Give back the host memory that lies ready for the next pass."""
         self._idle.clear()
 
+    def settled(self) -> list["_HostBuffer"]:
+        """That memory, for whoever holds its addresses. No copy is under way, so the next ones need not wait for any.
+
+        A captured pass can wait for no event from outside it, nor a later pass for one of its own.
+        """
+        buffers = [buffer for buffers in self._idle.values() for buffer in buffers]
+        for buffer in buffers:
+            buffer.read = None
+        return buffers
+
     def overwrite(self) -> None:
         """Zeros over that memory; no copy may be under way."""
         for buffers in self._idle.values():

@@ -60,7 +60,10 @@ class TrainBenchConfig:
         metadata={"help": "processes of ours under torchrun, a GPU and --batch sequences each; or several"},
     )
     strategy: Literal["ddp", "fsdp2"] = flag("ddp", "of several processes, as in finetune; fsdp2 with AdamW in fp32")
-    graphs: bool = flag(False, "ours also with forward and backward as one CUDA graph, for plans that do not offload")
+    graphs: list[Literal["off", "on"]] = field(
+        default_factory=lambda: ["off"],
+        metadata={"help": "off: ours launched kernel by kernel; on: forward and backward as one CUDA graph; or both"},
+    )
     limit: str | None = flag(None, "what torch may take of the GPU's memory in each process, such as 7.2GiB")
     time_limit: float = flag(900.0, "seconds that one contender may take")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
@@ -121,12 +124,11 @@ class TrainBenchConfig:
         others = [Settings(who, **shared) for who in self.others()]
         return others + [
             Settings("ours", **shared, plan=plan, compute=compute, budget_gib=budget, processes=count, graphs=graphs)
-            for graphs in ([False, True] if self.graphs else [False])
+            for graphs in (each == "on" for each in self.graphs)
             for count in self.processes
             for compute in self.compute
             for plan in self.plans()
             for budget in (map(gib, self.budget) if plan == "auto" and self.budget else [None])
-            if not (graphs and plan in PLANS and PLANS[plan].offload)
         ]
 
 

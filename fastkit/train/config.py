@@ -62,7 +62,7 @@ class FinetuneConfig:
     graphs: Literal["auto", "on", "off"] = flag(
         "off",
         "launch forward and backward as one CUDA graph, for passes so small that the GPU waits for Python: fused "
-        "layers, packed rows, one process, no offloading; auto: where that is so",
+        "layers, packed rows, one process; auto: where that is so",
     )
     gradient_checkpointing: bool | None = flag(None, "recompute activations; default: only above 1B parameters")
     kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
