@@ -25,7 +25,7 @@ from fastkit.models.attention_half import AttentionHalf
 from fastkit.models.keeping import Keeper
 from fastkit.models.mlp_half import MLPHalf
 from fastkit.models.plans import PLANS, Plan
-from fastkit.models.projection import Group, Projection, Refusal, read
+from fastkit.models.projection import Group, Projection, Refusal, read, rounded
 from fastkit.models.sequences import Sequences
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -193,10 +193,8 @@ class FusedLayer:
             window = None
         dtype = _compute_dtype(x, found)
         plan = self.plan or PLANS["recompute-all" if self.checkpointed() else "keep"]
-        qkv, o, gate_up, down = (
-            self.shared.group([found[name] for name in names], dtype)
-            for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
-        )
+        groups = [[found[name] for name in names] for names in (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])]
+        qkv, o, gate_up, down = map(self.shared.group, groups, [dtype] * len(groups), rounded(groups, dtype))
         heads, key_heads = qkv.sizes[0] // D, qkv.sizes[1] // D
         first = AttentionHalf(
             parts.norms[0], qkv, parts.qk_norms, o, (B, T, heads, key_heads, D), position_embeddings,

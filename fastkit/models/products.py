@@ -36,7 +36,7 @@ from fastkit.kernels.fp8_scale import FP8
 from fastkit.kernels.nf4 import reference_absmax
 from fastkit.models import pieces
 from fastkit.models.pieces import FP8Rows, Unscaled
-from fastkit.models.projection import Group, Projection
+from fastkit.models.projection import Copies, Group, Projection
 from fastkit.ops import NF4Weight, merged_dequantize_fp8, shared_scale
 
 _bounds = WeakTensorKeyDictionary()  # by absmax: FSDP2 has the weight itself in another place each time
@@ -76,8 +76,8 @@ class FP8Group(Group):
     Raises FastkitError for a projection that has something `lacking`, and on a GPU for another dtype than bfloat16.
     """
 
-    def __init__(self, projections: list[Projection], dtype: torch.dtype):
-        super().__init__(projections, dtype)
+    def __init__(self, projections: list[Projection], dtype: torch.dtype, copies: Copies | None = None):
+        super().__init__(projections, dtype, copies)
         self.factors, self.scale = FP8, None
         for projection in projections:
             if why := lacking(projection):

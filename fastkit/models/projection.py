@@ -90,13 +90,14 @@ class Group:
 
     factors what x and dy are best given in to be multiplied: the compute dtype, here
     chunk   which part of the tokens x holds, where they come in parts: each has a mask of dropout of its own
+    copies  of the projections, by `rounded`, if they are made already
     """
 
     chunk = 0
 
-    def __init__(self, projections: list[Projection], dtype: torch.dtype):
-        self.trained = [tensor for p in projections for adapter in p.adapters for tensor in adapter[:2]]
-        self.projections, self.flat = _rounded(projections, self.trained, dtype)
+    def __init__(self, projections: list[Projection], dtype: torch.dtype, copies: "Copies | None" = None):
+        self.trained = trained(projections)
+        self.projections, self.flat = copies or rounded([projections], dtype)[0]
         self.dtype = self.factors = dtype
         self.sizes = [p.weight.shape[0] for p in projections]
         self.adapters = [(i, adapter) for i, p in enumerate(projections) for adapter in p.adapters]
@@ -209,22 +210,38 @@ class Group:
         return x * mask, mask
 
 
-def _rounded(
-    projections: list[Projection], trained: list[torch.Tensor], dtype: torch.dtype
-) -> tuple[list[Projection], torch.Tensor | None]:
-    """`projections` with adapters in a 16-bit `dtype`: copies in one buffer, all A before all B; and the buffer."""
-    if dtype.itemsize != 2 or all(tensor.dtype == dtype for tensor in trained):
-        return projections, None
-    order = [*trained[::2], *trained[1::2]]
-    flat = torch.empty(sum(t.numel() for t in order), dtype=dtype, device=trained[0].device)
-    views = [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in order]), order, strict=True)]
+Copies = tuple[list[Projection], torch.Tensor | None]  # of `rounded`
+
+
+def trained(projections: list[Projection]) -> list[torch.Tensor]:
+    """A and B of each adapter."""
+    return [tensor for p in projections for adapter in p.adapters for tensor in adapter[:2]]
+
+
+def rounded(groups: list[list[Projection]], dtype: torch.dtype) -> list[Copies]:
+    """Each group's projections with adapters in a 16-bit `dtype`, and the numbers of these copies, all A before all B.
+
+    Copied at once for all groups: the work is small, and its launch is not. Where nothing is to be rounded the
+    projections are as they were, and there are no copies.
+    """
+    order = [[*tensors[::2], *tensors[1::2]] for tensors in map(trained, groups)]
+    every = [tensor for tensors in order for tensor in tensors]
+    if dtype.itemsize != 2 or all(tensor.dtype == dtype for tensor in every):
+        return [(projections, None) for projections in groups]
+    buffer = torch.empty(sum(t.numel() for t in every), dtype=dtype, device=every[0].device)
+    views = [piece.view(t.shape) for piece, t in zip(buffer.split([t.numel() for t in every]), every, strict=True)]
     with torch.no_grad():
-        torch._foreach_copy_(views, order)
-    copies = zip(views[: len(views) // 2], views[len(views) // 2 :], strict=True)
-    return [
-        replace(p, adapters=tuple(a._replace(A=A, B=B) for a, (A, B) in zip(p.adapters, copies, strict=False)))
-        for p in projections
-    ], flat
+        torch._foreach_copy_(views, every)
+    found, views = [], iter(views)
+    parts = buffer.split([sum(t.numel() for t in tensors) for tensors in order])
+    for projections, tensors, flat in zip(groups, order, parts, strict=True):
+        own = [next(views) for _ in tensors]
+        pairs = zip(own[: len(own) // 2], own[len(own) // 2 :], strict=True)
+        copied = (
+            tuple(a._replace(A=A, B=B) for a, (A, B) in zip(p.adapters, pairs, strict=False)) for p in projections
+        )
+        found.append(([replace(p, adapters=adapters) for p, adapters in zip(projections, copied, strict=True)], flat))
+    return found
 
 
 def read(module: nn.Module) -> Projection:
