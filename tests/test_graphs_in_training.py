@@ -50,7 +50,7 @@ def test_a_run_by_graphs_learns_the_same(inputs, tmp_path):  # noqa: F811
         def on_save(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    settings |= inputs | dict(graphs="on", eval_steps=4, learning_rate=1e-3, output=str(tmp_path / "resumed"))
+    settings = inputs | settings | dict(graphs="on", eval_steps=4, learning_rate=1e-3, output=str(tmp_path / "resumed"))
     stopped = FineTune(**settings).prepare()
     stopped.trainer.add_callback(Stop())
     stopped.train()

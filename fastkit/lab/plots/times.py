@@ -116,7 +116,13 @@ def _draw_stages(axes, top, stages, slots, longest):
     end = slots[-1].compute_end
     busy = sum(slot.compute_end - slot.compute_start for slot in slots) / end
     axes.text(-0.012 * longest, top + (rows + 1) / 2, f"{stages} stage{'s' * (stages > 1)}", ha="right", va="center")
-    axes.text(end + 0.01 * longest, top + rows + 0.45, f"{end:,.4g}: {busy:.0%} busy", va="center", fontsize=9)
+    axes.text(
+        end + 0.01 * longest,
+        top + rows + 0.45,
+        f"{end:{',.0f' if end >= 1000 else '.4g'}}: {busy:.0%} busy",
+        va="center",
+        fontsize=9,
+    )
 
 
 def _bar(axes, start, y, end, gid, look, number, longest):
