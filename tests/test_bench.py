@@ -134,3 +134,28 @@ def test_a_recorded_run(monkeypatch, tmp_path, capsys):
     assert ("copy", "vectorised") in rows and ("swiglu backward", "torch.compile") in rows
     for row in rows.values():
         assert row["limit"] == "memory" and row["of_floor"] > 0 and row["runs"] >= 6
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch):
+    def broken(x):
+        raise RuntimeError("no such\n thing")
+
+    others = {"Liger": broken, "Unsloth": lambda x: x.detach() * 2}
+    monkeypatch.setattr(bench_case, "peers", lambda op, *fixed: (dict(others), {}))
+    of = ("double", "4", [Cost(32, 4), Cost(32, 4)], lambda x: x * 2, {"fastkit": lambda x: x * 2}, (torch.ones(4),))
+    forward, backward = bench_case.both_ways(*of)
+    step = bench_case.together(*of)
+    assert set(forward.contenders) == {"fastkit", "Unsloth"} and set(backward.contenders) == {"fastkit"}
+    assert set(step.contenders) == {"fastkit"} and step.absent == {
+        "Liger": "RuntimeError: no such thing",
+        "Unsloth": bench_case.NO_BACKWARD,
+    }
+    notes = []
+    failing = Case("double", "4", torch.float32, Cost(32, 4), {}, (torch.ones(4),))
+    assert not _is_right("Liger", lambda: broken(None), failing, "double 4", notes)
+    assert notes == ["double 4: Liger failed: RuntimeError: no such thing"]
+    with pytest.raises(RuntimeError):
+        _is_right("fastkit", lambda: broken(None), failing, "double 4", notes)
+    monkeypatch.setattr(bench_case, "peers", lambda op, *fixed: ({}, {}))
+    with pytest.raises(RuntimeError):
+        bench_case.together(*of[:4], {"fastkit": broken}, of[5])

@@ -11,6 +11,7 @@ from fastkit.lab.bench_peers import peers
 
 DEVICE = "cuda"
 ROWS = 8192  # 4 sequences of 2,048 tokens
+NO_BACKWARD = "has no backward of its own"
 
 
 @dataclass
@@ -56,18 +57,15 @@ def both_ways(
 
     fixed  what peers are made of beside the inputs; options: of Case
     """
-    others, absent = peers(op, *fixed)
-    functions = functions | others
+    results, absent = _results(op, functions, inputs, fixed)
     y, dy, truth = differentiated(reference, inputs)
     forward, backward, no_backward = {}, {}, dict(absent)
-    for who, function in functions.items():
-        own = leaves(inputs)  # Liger's backward overwrites its inputs
+    for who, (function, own, result) in results.items():
         forward[who] = lambda function=function, own=own: function(*own)
-        result = function(*own)
         if first(result).requires_grad:
             backward[who] = lambda y=result, own=own: torch.autograd.grad(y, own, dy, retain_graph=True)
         else:
-            no_backward[who] = "has no backward of its own"
+            no_backward[who] = NO_BACKWARD
     dtype = inputs[0].dtype
     yield Case(f"{op} forward", size, dtype, costs[0], forward, y, absent=absent, **options)
     yield Case(f"{op} backward", size, dtype, costs[1], backward, truth, absent=no_backward, **options)
@@ -78,17 +76,35 @@ def together(
     fixed: tuple = (), **options,
 ) -> Case:  # fmt: skip
     """Forward and backward of `functions` and of peers in one run, as in a training step."""
-    others, absent = peers(op, *fixed)
+    results, absent = _results(op, functions, inputs, fixed)
     y, dy, truth = differentiated(reference, inputs)
 
     def run(function, own):
         result = function(*own)
         return *as_tuple(result), *torch.autograd.grad(result, own, dy)
 
-    contenders = {
-        who: functools.partial(run, function, leaves(inputs)) for who, function in (functions | others).items()
-    }
+    contenders = {}
+    for who, (function, own, result) in results.items():
+        if first(result).requires_grad:
+            contenders[who] = functools.partial(run, function, own)
+        else:
+            absent[who] = NO_BACKWARD
     return Case(f"{op} step", size, inputs[0].dtype, sum_of(costs), contenders, (*y, *truth), absent=absent, **options)
+
+
+def _results(op: str, functions: dict[str, Callable], inputs: tuple, fixed: tuple) -> tuple[dict, dict[str, str]]:
+    """({who: (function, inputs of its own, its result)} of `functions` and of peers, {who: why it is absent})."""
+    others, absent = peers(op, *fixed)
+    results = {}
+    for who, function in (functions | others).items():
+        own = leaves(inputs)  # Liger's backward overwrites its inputs
+        try:
+            results[who] = function, own, function(*own)
+        except Exception as error:  # what a peer raises is its result, and must not cost the rows of all others
+            if who not in others:
+                raise
+            absent[who] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return results, absent
 
 
 def differentiated(reference: Callable, inputs: tuple) -> tuple[tuple, tuple, tuple]:
