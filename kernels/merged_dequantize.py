@@ -28,6 +28,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastkit.kernels import merged_lines
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, tl, triton
 from fastkit.kernels.fp8_scale import FP8, check_fp8, lacks_fp8, launch_scale, reference_fp8, reference_scale
 from fastkit.kernels.nf4 import (
@@ -160,7 +161,8 @@ def _tiling(rank: int, fp32: bool, fp8: bool, transposed: bool, arch: str) -> di
 def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -> None:
     """Write w [N, K], or [K, N] if `transposed`, whose rows may lie any stride apart. A and B may both be None.
 
-    An FP8 w takes inverse [rows of w], fp32, of `launch_scale`. `tiling` overrides BLOCK_N and so on.
+    An FP8 w takes inverse [rows of w], fp32, of `launch_scale`. `tiling` overrides BLOCK_N and so on of _merge_kernel,
+    which then runs; else `merged_lines` does, where it can.
 
     Raises NotImplementedError where there is no tensor core that Triton can use, or no FP8.
     """
@@ -175,6 +177,8 @@ def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -
     rank = 0 if A is None else A.shape[0]
     fp32 = A is not None and A.dtype == torch.float32
     split = fp32 and w.dtype != torch.float32 and not (w.dtype == FP8 and arch == "interpreter")  # it has no bfloat16
+    if not tiling and merged_lines.takes(weight, A, B, w, transposed, arch):
+        return merged_lines.launch(weight, A, B, scaling, w, inverse)
     tiling = _tiling(rank, fp32, w.dtype == FP8, transposed, arch) | tiling
     share = min(words_sharing(weight, K // 8), tiling["BLOCK_K"] // 8)
     grid = (-(-N // tiling["BLOCK_N"]) * -(-K // tiling["BLOCK_K"]),)
@@ -194,7 +198,7 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     empty = functools.partial(torch.empty, device="meta")
     weight = empty_nf4((N, K), dtype, device="meta")
     A, B = empty(r, K, dtype=dtype), empty(N, r, dtype=dtype)
-    dense = functools.partial(launch, weight, A, B, 2.0)
+    dense = functools.partial(launch, weight, A, B, 2.0, num_warps=4)  # said, so that _merge_kernel is meant
     return {
         f"merged {N}x{K}, rank {r}": functools.partial(dense, empty(N, K, dtype=dtype)),
         f"transposed {N}x{K}, rank {r}": functools.partial(dense, empty(K, N, dtype=dtype), True),

@@ -55,6 +55,7 @@ CHECKS = {
     "merged_dequantize": Check(
         ("merged_dequantize", "fp8_scale"), ("merged_dequantize",), f"({SMALL}) or same_bits or stacked or fp8"
     ),
+    "merged_lines": Check(("merged_lines",), ("merged_lines",), "on_a_gpu or strided_adapters"),
     "nf4": Check(("nf4", "nf4_quantize"), ("nf4",), "odd_sizes or last_block or nested_kernel or other_dtypes"),
     "nf4_matvec": Check(("nf4_matvec",), ("nf4_matvec",), f"({SMALL}) or shapes_and_layouts"),
     "rms_norm": Check(("rms_norm",), ("rms_norm",), f"({SMALL}) or longer_than_a_block or no_rows"),

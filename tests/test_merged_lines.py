@@ -1,0 +1,312 @@
+"""The merged dequantization in whole lines: its arithmetic on a GPU, its addresses and its machine code anywhere."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from compiled import compile_all
+from tolerance import assert_as_close_as_torch
+
+from fastkit.kernels import merged_dequantize, nf4
+from fastkit.kernels import merged_lines as module
+from fastkit.kernels.common import INTERPRETED, tl
+from fastkit.kernels.fp8_scale import FP8, lacks_fp8, reference_fp8
+from fastkit.lab.gluon_interpreter import _language
+from fastkit.lab.launches import catch
+from fastkit.lab.portability import misfit
+from fastkit.ops import dequantize_nf4
+from fastkit.ops import merged_dequantize as merge
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
+
+SCALING = 1.7
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHAPES = [  # N, K, r, blocksize, double_quant
+    (64, 256, 16, 64, True),
+    (1, 256, 1, 64, False),
+    (33, 512, 5, 128, True),
+    (100, 768, 16, 256, False),
+    (96, 512, 32, 64, True),
+    (31, 1024, 32, 512, True),
+]
+
+
+def random_weight(N, K, blocksize, double_quant, dtype, device):
+    """Random bits: any are a weight."""
+    weight = nf4.empty_nf4((N, K), dtype, blocksize, double_quant, device)
+    weight.packed.random_(256)
+    if not double_quant:
+        weight.absmax.uniform_(0.5, 2)
+        return weight
+    weight.absmax.random_(256)
+    weight.offset.fill_(1.3)
+    weight.nested_absmax.uniform_(0.1, 1)
+    weight.nested_code.copy_(torch.linspace(-1, 1, 256))
+    return weight
+
+
+def inputs(N, K, r, blocksize=64, double_quant=True, dtype=torch.bfloat16, device="cuda"):
+    A, B = (0.3 * torch.randn(shape, device=device) for shape in ((r, K), (N, r)))
+    return random_weight(N, K, blocksize, double_quant, dtype, device), A.to(dtype), B.to(dtype)
+
+
+def within(N, K, dtype, device, before=8, after=16):
+    """(w [N, K], the buffer of NaN that it lies in, a row and some columns larger)."""
+    buffer = torch.full((N + 1, before + K + after), torch.nan, dtype=torch.float32, device=device).to(dtype)
+    return buffer[:N, before : before + K], buffer
+
+
+def untouched(w, buffer):
+    """Whether of `buffer` only `w` was written."""
+    return int(buffer.float().isnan().sum()) == buffer.numel() - w.numel()
+
+
+# Whom it takes
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As if there were a GPU of the architecture that it is called with, and SMs."""
+
+    def pretend(arch, sms=132):
+        monkeypatch.setattr(module, "GLUON_MISSING", "")
+        for kernels in (module, merged_dequantize):
+            monkeypatch.setattr(kernels, "architecture", lambda device: arch)
+        monkeypatch.setattr(module, "sm_count", lambda device: sms)
+
+    return pretend
+
+
+def launched(N=64, K=512, r=16, blocksize=64, dtype=torch.bfloat16, adapter=None, out=None, device="meta", **options):
+    """The names of the kernels that merged_dequantize.launch takes."""
+    weight = nf4.empty_nf4((N, K), dtype, blocksize, device=device)
+    empty = functools.partial(torch.empty, device=device)
+    A, B, w = (
+        (None, None) if r == 0 else (empty(r, K, dtype=adapter or dtype), empty(N, r, dtype=adapter or dtype))
+    ) + (empty(*((K, N) if options.get("transposed") else (N, K)), dtype=out or dtype),)
+    inverse = empty(N) if out == FP8 else None
+    caught = catch(lambda: merged_dequantize.launch(weight, A, B, SCALING, w, inverse=inverse, **options))
+    return [launch.name for launch in caught]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_it_takes(arch, on_gpu):
+    on_gpu(arch)
+    for options in (
+        dict(), dict(r=1), dict(r=5), dict(r=32), dict(N=77), dict(K=256), dict(dtype=torch.float16),
+        dict(blocksize=4096),
+    ):  # fmt: skip
+        assert launched(**options) == ["_lines_kernel"], options
+    if arch not in ("sm_80", "sm_86"):
+        assert launched(out=FP8) == ["_lines_kernel"]
+
+
+def test_what_it_leaves(on_gpu, monkeypatch):
+    on_gpu("sm_90")
+    for options in (
+        dict(r=0), dict(r=17), dict(r=33), dict(r=64), dict(K=512 + 64), dict(K=8), dict(blocksize=32),
+        dict(dtype=torch.float32), dict(adapter=torch.float32), dict(adapter=torch.float16),
+        dict(dtype=torch.float16, out=FP8), dict(transposed=True), dict(num_warps=4), dict(BLOCK_N=32),
+        dict(device="cpu"),
+    ):  # fmt: skip
+        assert launched(**options) == ["_merge_kernel"], options
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert launched() == ["_merge_kernel"]
+    for arch in ("gfx942", "gfx1100", "interpreter", "no GPU"):
+        on_gpu(arch)
+        assert launched() == ["_merge_kernel"]
+    on_gpu("sm_90")
+    monkeypatch.setattr(module, "GLUON_MISSING", "as in Triton's interpreter")
+    assert launched() == ["_merge_kernel"]
+    assert not module.takes(*inputs(1, 256, 1, device="cpu"), torch.empty(1, 256, device="meta"), False, "sm_75")
+
+
+def test_all_programs_run_at_once_and_none_is_idle(on_gpu):
+    for arch, sms, N, K in (("sm_90", 132, 14336, 4096), ("sm_80", 108, 1000, 4096), ("sm_90", 1, 40, 8192)):
+        on_gpu(arch, sms)
+        weight = nf4.empty_nf4((N, K), torch.bfloat16, device="meta")
+        A, B, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((16, K), (N, 16), (N, K)))
+        (launch,) = catch(lambda: module.launch(weight, A, B, 1.0, w))  # noqa: B023
+        rows, wide = 32 * launch.arguments["turns"], K // 256
+        down = launch.grid[0] // wide
+        assert launch.grid[0] <= max(wide, 7 * sms) and (down - 1) * rows < N <= down * rows
+
+
+# Its addresses, in Triton's interpreter
+
+
+def lane_of(x, lane, half):
+    """x of another lane, as the shuffles give it, where axes 3 and 4 are t and g of lane t + 4 g."""
+    from triton.runtime.interpreter import TensorHandle
+
+    x, lane = np.broadcast_arrays(x.handle.data, lane.handle.data.astype(np.int64))
+    index = np.indices(lane.shape, sparse=True)
+    source = index[3] + 4 * index[4] & 16 | lane & 15 if half else lane & 31
+    data = x[(*index[:3], source & 3, source >> 2, *index[5:])]
+    return tl.tensor(TensorHandle(data, tl.float32), tl.block_type(tl.float32, list(data.shape)))
+
+
+@pytest.fixture
+def interpreted(monkeypatch, on_gpu):
+    """The kernel in Triton's interpreter, which ignores layouts: mma_v2 is a dot, a shuffle is told how lanes stand."""
+    if not INTERPRETED:
+        pytest.skip("on a GPU it runs")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    on_gpu("sm_90", 1)
+    language = _language(tl, module.gl)
+    for name, value in list(vars(module).items()):
+        if type(value).__name__ == "GluonJITFunction":
+            kernel = InterpretedFunction(value.fn)
+            kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
+            kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
+            monkeypatch.setattr(module, name, kernel)
+    module.tile(16), module.tile(32)  # made by the true gl, and kept
+    monkeypatch.setattr(module, "gl", language)
+    monkeypatch.setattr(module, "mma_v2", lambda a, b, delta: tl.dot(a, b, delta))
+    monkeypatch.setattr(module, "_shown", lambda x, lane: lane_of(x, lane, half=False))
+    monkeypatch.setattr(module, "_code_values", lambda code, index: lane_of(code, index, half=True))
+
+
+@pytest.mark.parametrize(("N", "K", "r", "blocksize", "double_quant"), SHAPES)
+def test_every_number_comes_from_its_place(N, K, r, blocksize, double_quant, interpreted):
+    weight, A, B = inputs(N, K, r, blocksize, double_quant, torch.float16, "cpu")
+    w, buffer = within(N, K, torch.float16, "cpu")
+    module.launch(weight, A, B, SCALING, w)
+    truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
+    torch.testing.assert_close(w.double(), truth, rtol=2e-3, atol=2e-3)
+    assert untouched(w, buffer)
+    module.launch(weight, A, torch.zeros_like(B), SCALING, w)
+    assert torch.equal(w, nf4.reference(weight))
+
+
+def test_every_row_has_its_scale(interpreted):
+    """Interpreted, a number that is rounded up to a power of two ends at half of it."""
+    weight, A, B = inputs(70, 512, 16, dtype=torch.float16, device="cpu")
+    w, inverse = torch.empty(70, 512, dtype=FP8), 0.5 + torch.rand(70)
+    module.launch(weight, A, B, SCALING, w, inverse)
+    truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float32)
+    torch.testing.assert_close(w.float(), reference_fp8(truth, 1 / inverse).float(), rtol=0.51, atol=2**-8)
+
+
+def test_lanes_stand_where_the_shuffles_look_for_them():
+    """Lane t + 4 g, by the layouts' own numbers: along the axes in their order, the first one fastest."""
+    for layout, axes in ((module.tile(16).numbers, (3, 4)), (module.tile(16).lanes, (1, 2))):
+        split = [axis for axis in layout.order if layout.threads_per_warp[axis] > 1]
+        assert tuple(split) == axes and [layout.threads_per_warp[axis] for axis in split] == [4, 8]
+
+
+# Its machine code
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_code(arch, on_gpu):
+    """Nothing goes through shared memory, stores are 16 bytes a lane (8 of FP8), registers let so many programs in.
+
+    Of shuffles a turn has one for each of a lane's 64 numbers and 8 rows; before it, A takes one a register.
+    """
+    on_gpu(arch)
+    for name, example in module.examples().items():
+        fp8, r = "FP8" in name, int(name.rpartition(" ")[2])
+        if fp8 and arch in ("sm_80", "sm_86"):
+            continue
+        (made,) = compile_all(example, arch)
+        assert made.kernel == "_lines_kernel" and not misfit(made) and made.spilled_bytes == 0 == made.shared_bytes
+        assert {k for k in made.instructions if k.startswith("st.global")} == {f"st.global.{64 if fp8 else 128}"}
+        assert made.instructions["HMMA"] == r and made.instructions["shfl"] == 64 + 8 + 8 * fp8 + r
+        assert 128 * made.registers * module._resident(16 if r <= 16 else 32, True, fp8, False, arch) <= 65536
+
+
+@pytest.mark.parametrize(("N", "r", "double_quant"), [(77, 16, True), (77, 32, True), (64, 5, True), (64, 16, False)])
+def test_compiled_code_of_other_cases(N, r, double_quant, on_gpu):
+    for arch in ("sm_80", "sm_90"):
+        on_gpu(arch)
+        weight = nf4.empty_nf4((N, 4096), torch.float16, 64, double_quant, "meta")
+        shapes = (r, 4096), (N, r), (N, 4096)
+        A, B, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
+        (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w), arch)  # noqa: B023
+        assert made.spilled_bytes == 0 == made.shared_bytes
+        programs = module._resident(16 if r <= 16 else 32, double_quant, False, N % 32 > 0, arch)
+        assert 128 * made.registers * programs <= 65536
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "gfx942"])
+def test_examples_say_what_runs_instead(arch, on_gpu):
+    on_gpu(arch)
+    for example in module.examples(torch.float16).values():
+        with pytest.raises(NotImplementedError, match=f"this is {arch}: use "):
+            example()
+
+
+# Its numbers, on a GPU
+
+
+def assert_same_bits(ours, theirs):
+    """At most one unit in the last place apart, in at most 1e-4 of the numbers: sums may be rounded otherwise."""
+    bits = torch.int8 if ours.dtype == FP8 else torch.int16
+    least = torch.iinfo(bits).min
+    places = [torch.where(x.view(bits) < 0, least - x.view(bits).int(), x.view(bits).int()) for x in (ours, theirs)]
+    apart = (places[0] - places[1]).abs()
+    assert apart.max() <= 1 and (apart > 0).sum() <= 1e-4 * apart.numel()
+
+
+def both(weight, A, B, w, inverse=None):
+    """w by this kernel, and by _merge_kernel anew."""
+    assert module.takes(weight, A, B, w, False, merged_dequantize.architecture(w.device))
+    merged_dequantize.launch(weight, A, B, SCALING, w, inverse=inverse)
+    theirs = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    merged_dequantize.launch(weight, A, B, SCALING, theirs, inverse=inverse, num_warps=4)
+    return w, theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("N", "K", "r", "blocksize", "double_quant"), [*SHAPES, (2000, 4096, 16, 64, True)])
+def test_on_a_gpu(N, K, r, blocksize, double_quant, dtype, monkeypatch, device):
+    weight, A, B = inputs(N, K, r, blocksize, double_quant, dtype, device)
+    delta = (SCALING * (B @ A)).to(dtype)
+    truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
+    terms = nf4.reference(weight, torch.float64).abs() + SCALING * (B.double().abs() @ A.double().abs())
+    for sms, (before, after) in itertools.product((1, 132), ((8, 16), (3, 4))):  # many turns and one; aligned and not
+        monkeypatch.setattr(module, "sm_count", lambda device, sms=sms: sms)
+        w, buffer = within(N, K, dtype, device, before, after)
+        assert_same_bits(*both(weight, A, B, w))
+        assert_as_close_as_torch(w, nf4.reference(weight) + delta, truth, scale=terms)
+        assert untouched(w, buffer)
+        module.launch(weight, A, torch.zeros_like(B), SCALING, w)
+        assert torch.equal(w, dequantize_nf4(weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [5, 16, 32])
+def test_fp8_on_a_gpu(r, device):
+    if lacks_fp8(module.architecture(torch.device(device))):
+        pytest.skip("no e4m3 here")
+    for N in (70, 128):
+        inverse = 0.5 + torch.rand(N, device=device)
+        assert_same_bits(*both(*inputs(N, 512, r), torch.empty(N, 512, dtype=FP8, device=device), inverse))
+
+
+@pytest.mark.gpu
+def test_strided_adapters(device):
+    weight, A, B = inputs(70, 512, 16)
+    expected = merge(weight, A, B, SCALING)
+    A, B = torch.cat([A, A], 1)[:, :512], B.repeat(1, 2)[:, :16]
+    assert torch.equal(merge(weight, A, B, SCALING), expected)
+
+
+@pytest.mark.gpu
+def test_under_torch_compile_and_in_a_graph(device):
+    """torch.compile's graphs have _merge_kernel."""
+    adapted = inputs(512, 512, 16)
+    plain = merge(*adapted, SCALING)
+    assert_same_bits(torch.compile(lambda: merge(*adapted, SCALING), fullgraph=True)(), plain)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = merge(*adapted, SCALING)
+    graph.replay()
+    assert torch.equal(captured, plain)
