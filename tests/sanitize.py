@@ -23,7 +23,8 @@ LOGS = TESTS.parent / "build" / "sanitize"
 FOUND = 86  # the exit code for errors found; pytest has none as high
 SMALL = "close_to_the_truth and not any_ and not fp16"  # bf16 runs the same code as fp16
 OPTIONS = {
-    "memcheck": ["--report-api-errors", "no"],  # torch and Triton ask for symbols that a driver may lack
+    # torch and Triton ask for symbols that a driver may lack; bitsandbytes 0.50.2 reads beyond a short absmax
+    "memcheck": ["--report-api-errors", "no", "--kernel-name-exclude", "regex=^_Z[0-9]+kDequantizeBlockwise"],
     # what others compiled is not ours to mend, and slow: torch's kernels, and those of cuBLAS
     "racecheck": ["--kernel-name-exclude", "regex=^(_Z|cublas|cutlass|nvjet|gemm|sm[0-9]+_)"],
 }
