@@ -90,6 +90,30 @@ def test_adapters_that_were_moved_are_captured_anew(folder, fresh_seed):
     assert after == pytest.approx(compute(inputs).item(), rel=1e-3) and after != before[2]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["keep", "recompute-mlp+offload"])
+def test_memory_that_runs_out_in_a_capture(folder, fresh_seed, plan):
+    model = model_of(folder, device="cuda", dtype="bf16")
+    patch(model, plan)
+    graphs, (inputs,) = Graphs(model), batches_of([512])
+
+    def compute(inputs):
+        return model(**inputs, use_cache=False).loss
+
+    expected = graphs.run(compute, inputs).item()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            graphs.run(compute, inputs)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not graphs.captured
+    again = [graphs.run(compute, inputs).item() for _ in range(3)]
+    assert len(graphs.captured) == 1 and again == pytest.approx([expected] * 3, rel=1e-3)
+
+
 def test_what_cannot_be_captured_says_why(folder):
     model = model_of(folder)
     assert lacking(model) == "it is not on a GPU"

@@ -111,15 +111,26 @@ class Graphs:
         return loss.detach()
 
     def _capture(self, compute, inputs: Inputs, ended: torch.Tensor | None):
-        """(the graph, its inputs, its cu_seqlens, its loss, its host memory); capturing runs nothing."""
+        """(the graph, its inputs, its cu_seqlens, its loss, its host memory); capturing runs nothing.
+
+        Where memory runs out, the capture is ended in order before that is raised: the next pass finds all as it was.
+        """
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
         packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
         keepers = {id(layer.shared.keeper): layer.shared.keeper for layer in fused_layers(self.model)}.values()
         torch.cuda.synchronize()
         for keeper in keepers:
             keeper.settled()
+        failed = None
         with told(self.model, packed), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self._pass(compute, own)  # thread_local: other threads may pin memory
+            try:
+                loss = self._pass(compute, own)  # thread_local: other threads may pin memory
+            except torch.cuda.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # which holds on to the tensors
+                for keeper in keepers:
+                    keeper.join()
+        if failed is not None:
+            raise failed
         return graph, own, packed and packed.cu_seqlens, loss, [keeper.settled() for keeper in keepers]
 
     def _attach(self) -> None:

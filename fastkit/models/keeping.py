@@ -48,6 +48,14 @@ class Keeper:
         """Give back the host memory that lies ready for the next pass."""
         self._idle.clear()
 
+    def join(self) -> None:
+        """Have the current stream, in a capture that ends early, wait for the copies that were captured."""
+        for stream in self._streams or ():
+            with torch.cuda.stream(stream):
+                captured = torch.cuda.is_current_stream_capturing()
+            if captured:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+
     def settled(self) -> list["_HostBuffer"]:
         """That memory, for whoever holds its addresses. No copy is under way, so the next ones need not wait for any.
 
