@@ -1,5 +1,7 @@
 """The tracer's predictions against what Nsight Compute counted on a card: data/results/tracer_*.json."""
 
+import functools
+
 import pytest
 import torch
 
@@ -12,10 +14,12 @@ RECORDS = [load(path) for path in sorted(RESULTS.glob("tracer_*.json"))]
 WASTEFUL = ("strided", "aos", "naive", "norm", "attention")  # a mean or a sum a row is stored as one number
 PROVED = [(record, case) for record in RECORDS for case in dict.fromkeys(row["case"] for row in record["rows"])]
 
+predicted = functools.cache(proof.predict)  # the records' cards are alike
+
 
 @pytest.mark.parametrize("case", proof.cases("meta"))
 def test_every_case_is_predicted_on_any_machine(case):
-    for trace in proof.predict(case, "sm_90", sms=132):
+    for trace in predicted(case, "sm_90", 132):
         loads_and_stores = [  # an access without an instruction was given up: another gives the same
             access for access in trace.accesses if access.kind in ("load", "store") and access.instruction
         ]
@@ -31,7 +35,7 @@ def test_the_counters_agree(record, case):
     rows = [row for row in record["rows"] if row["case"] == case]
     for row in rows:  # as predicted on the card's own machine
         assert proof.allowed(row) is None or proof.off(row) <= proof.allowed(row), row
-    traces = proof.predict(case, record["card"]["arch"], record["card"]["sms"])
+    traces = predicted(case, record["card"]["arch"], record["card"]["sms"])
     if {proof.layouts(trace) for trace in traces} != {row["layouts"] for row in rows}:
         pytest.skip(f"this Triton compiles it otherwise than {record['versions']['triton']}, which was measured")
     again = [row for trace in traces for row in beside(trace, {})]
