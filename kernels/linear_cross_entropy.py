@@ -126,8 +126,8 @@ def make(hidden, weight, labels, bias, kept, terms, items, wanted, rows_a_part: 
     step = rows_a_part or part_rows(n, V, hidden.element_size())
     buffer = logits_buffer(min(step, n), V, hidden)
     scattered = wanted[0] and kept is not None
-    new = torch.zeros if scattered else torch.empty  # rows that are left out have no gradient
-    dhidden = new(hidden.shape, dtype=hidden.dtype, **options) if wanted[0] else None
+    new = torch.zeros_like if scattered else torch.empty_like  # rows that are left out have no gradient
+    dhidden = new(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
     dweight = torch.zeros(weight.shape, dtype=torch.float32, **options) if wanted[1] else None
     dbias = torch.zeros(V, dtype=torch.float32, **options) if wanted[2] else None
     dx_buffer = torch.empty(buffer.shape[0], hidden.shape[1], dtype=hidden.dtype, **options) if scattered else None
@@ -188,8 +188,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, bias, kept, terms, items, wanted):
         made = make(as_rows(hidden), weight, labels, bias, kept, terms, items, wanted)
         if any(wanted):
-            ctx.save_for_backward(*made[1:])
-            ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
+            dhidden = None if made.dhidden is None else made.dhidden.view(hidden.shape)
+            ctx.save_for_backward(dhidden, *made[2:])
+            ctx.weight_dtype = weight.dtype
         return made.loss
 
     @staticmethod
@@ -201,7 +202,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 launch_scale(gradient, factor)
                 torch.autograd.graph.increment_version(gradient)  # a second backward raises, and does not scale again
-        dhidden = None if dhidden is None else dhidden.view(ctx.shape)
         dweight, dbias = (None if d is None else d.to(ctx.weight_dtype) for d in (dweight, dbias))
         return dhidden, dweight, None, dbias, None, None, None, None
 

@@ -236,8 +236,9 @@ def test_the_logits_are_never_held(device, monkeypatch):
     """Of what is allocated, nothing has a number for each row and column; a frozen head gets no gradient's memory."""
     monkeypatch.setattr(module, "part_rows", lambda M, V, itemsize: 4)
     hidden, weight, labels = inputs((32, 8), 64, torch.float32, device, ignored=0)
-    sizes, empty, zeros = [], torch.empty, torch.zeros
-    for name, make in (("empty", empty), ("zeros", zeros)):
+    sizes = []
+    for name in ("empty", "zeros", "empty_like", "zeros_like"):
+        make = getattr(torch, name)
         noted = lambda *size, make=make, **rest: sizes.append(make(*size, **rest)) or sizes[-1]  # noqa: E731
         monkeypatch.setattr(torch, name, noted)
     linear_cross_entropy(hidden.requires_grad_(), weight, labels)

@@ -48,11 +48,14 @@ def backend(graph, inputs):
     targets = [node.target for each in inner for node in each.nodes]
     kernels = sum("triton_kernel_wrapper" in str(target) for target in targets)
     operators = {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)} - {"aten", "prims"}
-    print("traced", name, kernels, sorted(operators))
+    print("resized" if sizes_change else "traced", name, kernels, sorted(operators))
     raise Traced
 
-for name, case in made.items():
+for name, case, sizes_change in ((*item, change) for item in made.items() for change in (False, True)):
+    torch._dynamo.reset()
     inputs = [x.detach().requires_grad_(i < case.trained) for i, x in enumerate(case.inputs)]
+    for x, dim in ((x, dim) for x in inputs for dim in range(x.dim()) if sizes_change and x.shape[dim] == 48):
+        torch._dynamo.maybe_mark_dynamic(x, dim)  # 48: the tokens
     try:
         torch.compile(case.function, backend=backend, fullgraph=True)(*inputs)
     except Traced:
@@ -84,8 +87,10 @@ def test_each_is_traced_in_one_graph_of_kernels():
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), environment.get("PYTHONPATH", "")])
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment)
-    traced = [line.split(maxsplit=3)[1:] for line in child.stdout.splitlines() if line.startswith("traced")]
+    lines = [line.split(maxsplit=3) for line in child.stdout.splitlines()]
+    traced, resized = ([rest for first, *rest in lines if first == kind] for kind in ("traced", "resized"))
     assert sorted(name for name, *_ in traced) == TRACED, child.stdout + child.stderr
+    assert sorted(name for name, *_ in resized) == TRACED, child.stdout + child.stderr
     assert all(operators == "[]" for *_, operators in traced), child.stdout
     without = {name for name, kernels, _ in traced if kernels == "0"}
     assert without == {"weight_bounds"}, child.stdout  # it is plain torch
