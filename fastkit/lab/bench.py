@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from fastkit.errors import FastkitError
+from fastkit.lab.bench_peers import said
 from fastkit.lab.results import RESULTS, record
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number: wrong or not
@@ -140,7 +141,7 @@ def _is_right(who: str, run, case, title: str, notes: list[str]) -> bool:
     except Exception as error:  # what another's code raises is its result, and must not cost the rows of all others
         if who == "fastkit":
             raise
-        notes.append(f"{title}: {who} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        notes.append(f"{title}: {who} failed: {said(error)}")
         return False
     got = (got,) if isinstance(got, torch.Tensor) else got
     for ours, expected in zip(got, case.expected, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastkit.kernels.common import Cost
-from fastkit.lab.bench_peers import peers
+from fastkit.lab.bench_peers import peers, said
 
 DEVICE = "cuda"
 ROWS = 8192  # 4 sequences of 2,048 tokens
@@ -103,7 +103,7 @@ def _results(op: str, functions: dict[str, Callable], inputs: tuple, fixed: tupl
         except Exception as error:  # what a peer raises is its result, and must not cost the rows of all others
             if who not in others:
                 raise
-            absent[who] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            absent[who] = said(error)
     return results, absent
 
 

@@ -20,8 +20,13 @@ def peers(op: str, *fixed) -> tuple[dict[str, Callable], dict[str, str]]:
             importlib.import_module(package)
             found[who] = make(*fixed)
         except Exception as error:  # a peer that this torch or Triton breaks must not end the benchmark
-            absent[who] = f"does not import: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            absent[who] = f"does not import: {said(error)}"
     return found, absent
+
+
+def said(error: Exception) -> str:
+    """What a peer raised, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _liger_rms_norm(weight, eps):
