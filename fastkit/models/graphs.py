@@ -80,9 +80,7 @@ class Graphs:
             raise ValueError("a captured step takes no attention_mask: leave it out, see fastkit.models.graphs")
         self._attach()
         now = self._addresses(), [layer.plan for layer in fused_layers(self.model)]
-        if (
-            now != self._captured_under
-        ):  # what was captured is another step: memory ran out, say, and the plan is leaner
+        if now != self._captured_under:  # what was captured is another step, such as of a plan that took too much
             self.captured.clear()
             self.seen.clear()
             self._captured_under = now
