@@ -144,3 +144,4 @@ PEERS = {  # operation: (who, package, what makes its function)
     "nf4_matvec": [("bitsandbytes", "bitsandbytes", _bitsandbytes_matvec)],
     "adamw": [("bitsandbytes", "bitsandbytes", _bitsandbytes_adamw)],
 }
+NAMES = {who for entries in PEERS.values() for who, *_ in entries}
