@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from stopping import stop_at_a_checkpoint
 from tiny import tiny_data, tiny_model
-from transformers import TrainerCallback
 
 from fastkit.errors import FastkitError
 from fastkit.train.finetune import FineTune, finetune
@@ -37,14 +37,7 @@ def test_each_dtype_learns_like_fp32_on_the_cpu(inputs, tmp_path, dtype):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"])
 def test_a_resumed_run_has_the_losses_of_the_whole_one(inputs, tmp_path, optimizer):
     whole = finetune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "whole"))
-    stopped = FineTune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "run")).prepare()
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    stopped.trainer.add_callback(Stop())
-    stopped.train()
+    stop_at_a_checkpoint(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "run"))
     resumed = finetune(**inputs, dtype="fp32", optimizer=optimizer, output=str(tmp_path / "run"), resume=True)
     assert resumed["resumed_from"] == "checkpoint-4"
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(resumed), strict=True)) <= 1e-4

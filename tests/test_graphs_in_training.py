@@ -1,12 +1,12 @@
 """--graphs: a fine-tune whose passes are launched as CUDA graphs."""
 
 import pytest
+from stopping import stop_at_a_checkpoint
 from test_trainer import inputs, train  # noqa: F401  a fixture
-from transformers import TrainerCallback
 
 from fastkit.errors import FastkitError
 from fastkit.train.config import FinetuneConfig
-from fastkit.train.finetune import FineTune, finetune
+from fastkit.train.finetune import finetune
 from fastkit.train.packing import RowCollator
 
 
@@ -45,15 +45,8 @@ def test_a_run_by_graphs_learns_the_same(inputs, tmp_path):  # noqa: F811
     for name in ("losses", "validation_losses"):
         ours, theirs = ([loss for _, loss in run[name]] for run in (captured, apart))
         assert ours == pytest.approx(theirs, rel=5e-3), name
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
     settings = inputs | settings | dict(graphs="on", eval_steps=4, learning_rate=1e-3, output=str(tmp_path / "resumed"))
-    stopped = FineTune(**settings).prepare()
-    stopped.trainer.add_callback(Stop())
-    stopped.train()
+    stop_at_a_checkpoint(**settings)
     resumed = finetune(**settings, resume=True)
     assert resumed["resumed_from"] == "checkpoint-4"
     assert resumed["losses"][-1][1] == pytest.approx(captured["losses"][-1][1], rel=5e-3)
