@@ -109,12 +109,13 @@ def traffic(addresses: np.ndarray, width: int, active: np.ndarray, past_l1: bool
                tell apart 32 lanes' sectors: a pair of lanes counts as one in each line that it touches. So it was for
                all of 340 patterns of strides, masks and offsets on an H200; tests/test_layouts.py has some.
     """
-    pairs = (-1, 2)
+    if past_l1:
+        sectors = _distinct(addresses.reshape(-1, 2), width, active.reshape(-1, 2), LINE)
+    else:
+        sectors = _distinct(addresses, width, active, SECTOR)
     return Traffic(
         requests=int(active.any(axis=1).sum()),
-        sectors=_distinct(addresses.reshape(pairs), width, active.reshape(pairs), LINE)
-        if past_l1
-        else _distinct(addresses, width, active, SECTOR),
+        sectors=sectors,
         lines=_distinct(addresses, width, active, LINE),
         bytes_asked=_bytes_asked(addresses, width, active),
     )

@@ -24,6 +24,7 @@ from fastkit.lab.gluon_interpreter import Uninterpretable
 from fastkit.lab.interpreting import Found, Plan
 from fastkit.lab.launches import Launch, Parcel, catch, launch, modified
 from fastkit.lab.layouts import SECTOR, LinearLayout, Requests
+from fastkit.lab.machine_code import Instruction
 from fastkit.lab.occupancy import occupancy
 from fastkit.lab.worker import INTERPRETER
 
@@ -274,35 +275,32 @@ def _plans(compiled: Compiled):
     plans, rest = [], []
     for (kind, place), sites in by_place.items():
         site = sites[0]
-        made = {
-            i.name: i.bits for i in compiled.memory_instructions if i.place == place and i.name in names.get(kind, ())
-        }
-        widths = {i.bits for i in compiled.memory_instructions if i.place == place and i.name in made}
+        made = [i for i in compiled.memory_instructions if i.place == place and i.name in names.get(kind, ())]
+        kinds = {(i.name, i.bits) for i in made}
         if kind == "atomic":
             rest.append((site, "an atomic operation"))
         elif any((s.shape, s.layout) != (site.shape, site.layout) for s in sites):
             rest.append((site, "compiled several times, with different layouts"))
-        elif len(made) != 1 or len(widths) != 1:
+        elif len(kinds) != 1:
             rest.append((site, "no instruction, or several kinds, stand at its place in the machine code"))
-        elif site.layout is None and not next(iter(made)).startswith("TMA"):
+        elif site.layout is None and not made[0].name.startswith("TMA"):
             rest.append((site, "its layout is spread over a cluster"))
         else:
-            name, bits = next(iter(made)), next(iter(widths))
+            ((name, bits),) = kinds
             once = kind == "store" or name == "cp.async"
             vector = max(1, bits // site.bits)
             past_l1 = name == "cp.async" and bits == 128
-            executions = _unlooped(compiled, site, name, vector, once)
+            executions = _unlooped(made, site.layout, vector, once)
             plan = Plan(kind, place, site.shape, site.bits, site.layout, vector, once, past_l1, executions)
             plans.append((plan, (site, name, bits or None)))
     return plans, rest
 
 
-def _unlooped(compiled: Compiled, site, name: str, vector: int, once: bool) -> int | None:
-    """How often a program makes an access at most, if all its instructions stand outside of loops; else None."""
-    made = [i for i in compiled.memory_instructions if i.place == site.place and i.name == name]
-    if site.layout is None or any(instruction.looped for instruction in made):
+def _unlooped(made: list[Instruction], layout: LinearLayout | None, vector: int, once: bool) -> int | None:
+    """How often a program makes an access at most, if its instructions all stand outside of loops; else None."""
+    if layout is None or any(instruction.looped for instruction in made):
         return None
-    warps = Requests.of(site.layout, vector, once).warp
+    warps = Requests.of(layout, vector, once).warp
     a_warp = len(warps) // len(set(warps.tolist()))  # instructions for one execution
     return len(made) // a_warp if len(made) % a_warp == 0 else None
 

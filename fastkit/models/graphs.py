@@ -115,7 +115,7 @@ class Graphs:
         """
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
         packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
-        keepers = {id(layer.shared.keeper): layer.shared.keeper for layer in fused_layers(self.model)}.values()
+        keepers = {layer.shared.keeper for layer in fused_layers(self.model)}
         torch.cuda.synchronize()
         for keeper in keepers:
             keeper.settled()
