@@ -104,9 +104,9 @@ def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
     if not torch.cuda.is_available():
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda: (7, 5)
-        )  # bfloat16 the interpreter cannot round
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))  # so that FP8 is among the cases
+        for module in small:  # bfloat16 the interpreter cannot round
+            monkeypatch.setattr(module, "half", lambda: torch.float16)
     ours = set()
     for make in (make for group in groups().values() for make in group.values()):
         for found in make():
@@ -116,6 +116,7 @@ def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
                 assert _is_right(who, run, found, f"{found.op} {found.size}", notes), notes
                 ours.add((found.op, who))
     assert ("swiglu backward", "fastkit") in ours and ("matmul", "grouped") in ours and ("softmax", "online") in ours
+    assert ("merged dequantize, transposed, to FP8", "fastkit") in ours
     assert ("nf4 matvec", "bitsandbytes") in ours and ("adamw, 8-bit state", "bitsandbytes") in ours
 
 
