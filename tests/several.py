@@ -5,15 +5,18 @@
 Each entry is the settings of a run; with `die_at` the last process kills itself after that step.
 """
 
+import gc
 import json
 import os
 import signal
 import sys
 
 import torch
+from bitsandbytes.nn import Params4bit
 from transformers import TrainerCallback
 
 from fastkit.train.finetune import FineTune
+from fastkit.train.sharding import four_bit
 
 
 class Die(TrainerCallback):
@@ -25,10 +28,23 @@ class Die(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class InParts(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        assert not whole(model)
+
+
 def stored(model) -> int:
     """Bytes of the model's parameters in this process."""
     local = (getattr(p, "_local_tensor", p) for p in model.parameters())
     return sum(p.nbytes for p in local)
+
+
+def whole(model) -> list[torch.Tensor]:
+    """What is left of 4-bit weights that were sharded."""
+    gc.collect()
+    sizes = {module.weight.numel() * module.weight.itemsize for module in four_bit(model)}
+    tensors = (x for x in gc.get_objects() if type(x) in (torch.Tensor, Params4bit))
+    return [x for x in tensors if x.dtype == torch.uint8 and x.untyped_storage().nbytes() in sizes]
 
 
 def main(runs: list[dict]) -> None:
@@ -36,15 +52,17 @@ def main(runs: list[dict]) -> None:
         die_at = settings.pop("die_at", None)
         run = FineTune(**settings).prepare()
         assert run.metrics["kernels"]["layers"] == 2 and not run.metrics["kernels"]["left"]
-        whole = stored(run.model)
+        size = stored(run.model)
         if die_at:
             run.trainer.add_callback(Die(die_at))
+        if settings.get("strategy") == "fsdp2":
+            run.trainer.add_callback(InParts())
         run.train()
         for module in run.model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
         if settings.get("strategy") == "fsdp2":
-            assert stored(run.model) <= 1.05 * whole / torch.distributed.get_world_size()
+            assert stored(run.model) <= 1.05 * size / torch.distributed.get_world_size()
         run.save()
 
 

@@ -297,6 +297,11 @@ def _adapters(module) -> tuple[Adapter, ...]:
 _views: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
+def forget(layer: nn.Module) -> None:
+    """Let go of `layer`'s 4-bit weight, which is about to be another one."""
+    _views.pop(layer, None)
+
+
 def _nf4(layer) -> NF4Weight:
     weight = layer.weight
     state = getattr(weight, "quant_state", None)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastkit.models.bnb import bnb
 from fastkit.models.fused_layer import is_decoder_layer
+from fastkit.models.projection import forget
 
 STORAGE = torch.bfloat16  # of 4-bit weights: torch 2.11 shards no integers. Bits are moved, never computed with
 
@@ -28,10 +29,11 @@ def shard(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
-    for module in _four_bit(model):
+    for module in four_bit(model):
         module.quant_state = module.weight.quant_state
         module.weight = nn.Parameter(module.weight.data.view(-1).view(STORAGE)[:, None], requires_grad=False)
         module.quant_storage = STORAGE
+        forget(module)  # else the whole weight stays until the first step reads the gathered one
     layers = [module for module in model.modules() if is_decoder_layer(module)]
     for layer in layers:
         fully_shard(layer, mesh=mesh)
@@ -41,12 +43,12 @@ def shard(model: nn.Module) -> None:
     register_fsdp_forward_method(model, "generate")
     for layer in layers:  # a gathered weight is one object for good: it takes what bitsandbytes and we look for
         layer.unshard()
-        for module in _four_bit(layer):
+        for module in four_bit(layer):
             module.weight.quant_state = module.quant_state
         layer.reshard()
 
 
-def _four_bit(model: nn.Module) -> list[nn.Module]:
+def four_bit(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
