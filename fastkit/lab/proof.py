@@ -1,6 +1,6 @@
 """Hold the tracer's predictions against Nsight Compute: every rung of every ladder, RMSNorm and SwiGLU, on this card.
 
-`fastkit prove --record tracer_h100` writes both, number by number; the tests then hold the predictions of a machine
+`fastkit prove --record tracer_h200` writes both, number by number; the tests then hold the predictions of a machine
 without a GPU against that record.
 """
 
@@ -102,7 +102,7 @@ def prove() -> list[dict]:
     Raises FastkitError without a GPU or without ncu.
     """
     if not torch.cuda.is_available():
-        raise FastkitError("predictions are proved on a GPU: the recorded proof is data/results/tracer_h100.json")
+        raise FastkitError("predictions are proved on a GPU: the recorded proof is data/results/tracer_h200.json")
     measured = profile("fastkit.lab.proof:launch_all", kernel=KERNELS)
     rows = []
     for name in runnable():
