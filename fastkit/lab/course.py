@@ -5,6 +5,7 @@ draw(result, picture)                                    # picture(result), or h
 compare(my_prediction, 8.0, result.value("times", stride=32), "times", result.source)
 """
 
+import datetime
 import functools
 import os
 import re
@@ -29,7 +30,7 @@ AMD = {"gfx942": {"bf16", "tensor_cores", "fp8"}, "gfx1100": {"bf16", "tensor_co
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rows of numbers, and where they come from: "measured now on CARD", "recorded on CARD, DATE".
+    """Rows of numbers, and where they come from: "measured now on CARD, DATE", "recorded on CARD, DATE".
 
     Without rows it is false, and its source "not measured yet".
     """
@@ -70,7 +71,7 @@ def measured(name: str, measure: Callable[[], list[dict]]) -> Measurement:
     if lane() == "gpu" and (rows := _in_turn(measure)):
         if os.environ.get("FASTKIT_RECORD") == "1":
             results.record(name, rows, f"FASTKIT_RECORD=1 papermill notebooks/{name[:2]}_*.ipynb out.ipynb")
-        return Measurement(name, rows, f"measured now on {card()['name']}")
+        return Measurement(name, rows, f"measured now on {card()['name']}, {datetime.date.today().isoformat()}")
     return recall(name)
 
 
