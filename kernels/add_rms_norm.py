@@ -105,7 +105,7 @@ def launch_forward(x, residual, weight, eps: float, y, h, rstd, **tiling) -> Non
     with device_of(x):
         _forward_kernel[grid](
             x, residual, weight, y, h, rstd,
-            M, N, x.stride(0), residual.stride(0), y.stride(0), h.stride(0), eps, **tiling,
+            M, N, x.stride(0), residual.stride(0), y.stride(0), h.stride(0), eps, enable_fp_fusion=False, **tiling,
         )  # fmt: skip
 
 

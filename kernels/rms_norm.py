@@ -26,7 +26,8 @@ multiplication by the x that has to be read anyway, where saving it would write 
 Casts: every load is converted to fp32 at once and all arithmetic is fp32, so that 1e4² does not overflow in fp16; a
 result is rounded once, when it is stored. Hugging Face's Llama, Mistral and Qwen round twice, x_hat and then its
 product with weight: we can differ from them in the last bit, and have the smaller error bound. y and dx have x's dtype,
-dweight has weight's.
+dweight has weight's. The forward's squares are rounded before they are added (enable_fp_fusion=False): a lane that
+holds one number of a row would else add its own square unrounded to its neighbour's, and lanes would differ in rstd.
 """
 
 import functools
@@ -194,7 +195,9 @@ def launch_forward(x, weight, eps: float, y, rstd, **tiling) -> None:
     tiling = row_tiling(N) | tiling
     grid = (-(-M // tiling["BLOCK_M"]) * tiling["BLOCKS_N"],)
     with device_of(x):
-        _forward_kernel[grid](x, weight, y, rstd, M, N, x.stride(0), y.stride(0), eps, **tiling)
+        _forward_kernel[grid](
+            x, weight, y, rstd, M, N, x.stride(0), y.stride(0), eps, enable_fp_fusion=False, **tiling
+        )  # fmt: skip
 
 
 def launch_backward(

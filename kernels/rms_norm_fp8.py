@@ -81,7 +81,7 @@ def launch(x, weight, eps: float, y8, scale, rstd, **tiling) -> None:
     tiling = row_tiling(N) | tiling
     with device_of(x):
         _norm_kernel[(-(-M // tiling["BLOCK_M"]),)](
-            x, weight, y8, scale, rstd, M, N, x.stride(0), y8.stride(0), eps, **tiling
+            x, weight, y8, scale, rstd, M, N, x.stride(0), y8.stride(0), eps, enable_fp_fusion=False, **tiling
         )
 
 

@@ -28,6 +28,7 @@ OPTIONS = {
     # what others compiled is not ours to mend, and slow: torch's kernels, and those of cuBLAS
     "racecheck": ["--kernel-name-exclude", "regex=^(_Z|cublas|cutlass|nvjet|gemm|sm[0-9]+_)"],
 }
+PLUGINS = {"memcheck": [], "racecheck": ["-p", "without_cublas"]}
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ CHECKS = {
 }
 
 
-def pytest_command(check: Check) -> list[str]:
+def pytest_command(tool: str, check: Check) -> list[str]:
     files = [str(TESTS / f"test_{name}.py") for name in check.files]
-    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", check.select]
+    options = ["-q", "-x", "-p", "no:cacheprovider", *PLUGINS[tool]]
+    return [sys.executable, "-m", "pytest", *options, *files, "-k", check.select]
 
 
 def sanitize(tool: str, name: str, command: list[str], timeout: float) -> tuple[int | None, str, float]:
@@ -77,6 +79,7 @@ def sanitize(tool: str, name: str, command: list[str], timeout: float) -> tuple[
     full = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *OPTIONS[tool], *command]
     # each tensor an allocation of its own, whose end memcheck knows
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     options = {"cwd": TESTS.parent, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
     log = LOGS / f"{tool}-{re.sub('[^a-z0-9_]+', '-', name)}.log"
     with log.open("w") as out, subprocess.Popen(full, stdout=out, **options) as process:
@@ -117,7 +120,7 @@ def planted_is_found(tool: str, timeout: float) -> bool:
 
 
 def kernel_is_clean(tool: str, name: str, timeout: float) -> bool:
-    code, output, seconds = sanitize(tool, name, pytest_command(CHECKS[name]), timeout)
+    code, output, seconds = sanitize(tool, name, pytest_command(tool, CHECKS[name]), timeout)
     return report(tool, name, verdict(code, output), output, seconds)
 
 
