@@ -54,6 +54,7 @@ METRICS = {
     "blocks_by_shared_memory": [("launch__occupancy_limit_shared_mem", 1)],
     "blocks_by_warps": [("launch__occupancy_limit_warps", 1)],
     "tensor_cores_busy": [("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", 0.01)],
+    "issue_busy": [("smsp__issue_active.avg.pct_of_peak_sustained_active", 0.01)],
     "dram_busy": [("dram__throughput.avg.pct_of_peak_sustained_elapsed", 0.01)],
 }
 
