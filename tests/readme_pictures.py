@@ -185,6 +185,14 @@ def several_cards(result: dict) -> str:
     )
 
 
+def sharded(result: dict) -> str:
+    (row,) = (row for row in result["rows"] if row["what"] == "step")
+    return (
+        f"* Llama-2-70B's shape on {row['processes']} of them under FSDP2, each with a part of every weight "
+        f"({_link(result)}): {row['tokens_per_second']:,.0f} tokens/s, {row['peak_allocated_gib']:.1f} GiB on each."
+    )
+
+
 def commands(result: dict) -> str:
     each = [
         f"{row['what']}, {row['tokens_per_second']:,} tokens/s in {row['peak_allocated_gib']:.1f} GiB"
@@ -247,6 +255,7 @@ def _link(result: dict) -> str:
 TABLES = {
     "train_h200": training,
     "four_h200": several_cards,
+    "two_70b_h200": sharded,
     "mistral_7b_4x2048": commands,
     "canary_smollm2": learning,
     "kernels_h200": kernel_times,
