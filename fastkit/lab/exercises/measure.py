@@ -10,7 +10,7 @@ AXPY = Exercise(
     signature="axpy(a, x, y, z)",
     details=(
         "x, y and z are float32 [N], a is a number. Write a * x + y into z, with one read of x, one of y and one write "
-        "of z: the sectors that move must hold nothing but what was asked for."
+        "of z: no byte may move that was not asked for."
     ),
     sizes=tuple({"N": N} for N in (1, 2, 3, 16, 31, 64, 65, 128, 257, 1000, 1024, 1025, 2048, 4096)),
     largest={"N": 4000},
