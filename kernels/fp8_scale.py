@@ -15,7 +15,8 @@ A coarser bound serves several weights at once, both ways round, in two launches
 
 It costs no bit: e4m3 is as fine, relative to a number, down to 1/28672 of the largest.
 
-Casts: all arithmetic is fp32.
+Casts: all arithmetic is fp32, products rounded before they are added (enable_fp_fusion=False), so that the lanes that
+share a row agree in its scale to the last bit.
 """
 
 import functools
@@ -168,7 +169,7 @@ def launch_scale(bound, A, B, scaling, scale, inverse, transposed=False) -> None
             _largest_kernel[(PARTS,)](y, largest, y.shape[0], *y.stride(), rank, BLOCK_R, 4096 // BLOCK_R)
         _scale_kernel[(-(-bound.shape[0] // 128),)](
             bound, x, largest, scale, inverse, bound.shape[0], *((0, 0) if x is None else x.stride()), scaling,
-            rank, BLOCK_R, PARTS, 128,
+            rank, BLOCK_R, PARTS, 128, enable_fp_fusion=False,
         )  # fmt: skip
 
 

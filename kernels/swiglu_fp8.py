@@ -135,8 +135,9 @@ def _tiling(N: int, largest: int, numbers: int) -> dict[str, int]:
 
 
 def _forward_tiling(N: int) -> dict[str, int]:
-    """A row in registers, 32 numbers a thread: two programs of 16 warps an SM, so that one loads while one stores."""
-    return _tiling(N, 16384, 32)
+    """A row in registers where it fits, by as many threads as there can be: 8192 x 14336 take 0.151 ms by 32 warps,
+    0.174 by 16, and in two walks 0.258 (NVIDIA H200; the bytes 0.143). Longer rows: 0.342 by 16 warps, 0.420 by 32."""
+    return _tiling(N, 16384, 16 if N <= 16384 else 32)
 
 
 def _backward_tiling(N: int) -> dict[str, int]:
