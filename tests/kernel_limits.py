@@ -14,6 +14,9 @@ import torch
 
 from fastkit import ops
 from fastkit.kernels import add_rms_norm, fp8_scale, merged_dequantize, nf4, nf4_matvec, rms_norm
+from fastkit.lab import bench_kernels
+from fastkit.lab.bench_case import rows
+from fastkit.lab.bench_kernels import EPS, random
 from fastkit.lab.device import card
 from fastkit.lab.profile import profile
 from fastkit.lab.results import record
@@ -23,25 +26,21 @@ COUNTED = (
     "occupancy", "warps_active",
 )  # fmt: skip
 OURS = "^_(?!quantize)[a-z]"
-DTYPE = torch.bfloat16
-M, K, N, RANK = 8192, 4096, 14336, 16
-B, T, HEADS, KEY_HEADS, D = 4, 2048, 32, 8, 128
 
 
-def launches(device: str = "cuda") -> dict[str, Callable[[], object]]:
+def launches() -> dict[str, Callable[[], object]]:
     """{operation: one launch of it}."""
-    new = partial(torch.randn, device=device, dtype=DTYPE)
-    x, residual, y, h, weight, rstd = new(M, K), new(M, K), new(M, K), new(M, K), new(K), new(M).float()
-    w4 = ops.quantize_nf4(new(N, K))
-    w, w8, A, b = new(N, K), new(N, K).to(fp8_scale.FP8), new(RANK, K), new(N, RANK)
-    inverse = torch.ones(N, device=device)
-    q, k, v = new(B, HEADS, T, D), new(B, KEY_HEADS, T, D), new(B, KEY_HEADS, T, D)
-    cos, sin = new(1, T, D), new(1, T, D)
-    row, out = new(1, K), new(1, N)
+    M, K, N, r = rows(), bench_kernels.HIDDEN, bench_kernels.INTERMEDIATE, bench_kernels.RANK
+    heads, key_heads, T, D = (getattr(bench_kernels, name) for name in ("HEADS", "KEY_HEADS", "TOKENS", "HEAD"))
+    x, residual, y, h, weight, rstd = *(random(M, K) for _ in range(4)), random(K), random(M, dtype=torch.float32)
+    w4, w = ops.quantize_nf4(random(N, K)), random(N, K)
+    w8, inverse, A, b = w.to(fp8_scale.FP8), random(N, dtype=torch.float32), random(r, K), random(N, r)
+    q, k, v = (random(M // T, count, T, D) for count in (heads, key_heads, key_heads))
+    cos, sin, row, out = random(1, T, D), random(1, T, D), random(1, K), random(1, N)
     merge = merged_dequantize.launch
     return {
-        "rms_norm forward": partial(rms_norm.launch_forward, x, weight, 1e-6, y, rstd),
-        "add_rms_norm forward": partial(add_rms_norm.launch_forward, x, residual, weight, 1e-6, y, h, rstd),
+        "rms_norm forward": partial(rms_norm.launch_forward, x, weight, EPS, y, rstd),
+        "add_rms_norm forward": partial(add_rms_norm.launch_forward, x, residual, weight, EPS, y, h, rstd),
         "rope in place": partial(ops.rope_, q, k, cos, sin),
         "nf4 dequantize": partial(nf4.launch, w4, w),
         "merged dequantize": partial(merge, w4, A, b, 2.0, w, False),
@@ -58,8 +57,8 @@ def launch_all() -> None:
 
 def main() -> Path:
     counted = profile("kernel_limits:launch_all", COUNTED, kernel=OURS)
-    rows = [{"op": op} | counters for op, counters in zip(launches(), counted, strict=True)]
-    return record(f"limits_{card()['name'].split()[1].lower()}", rows, "python tests/kernel_limits.py")
+    found = [{"op": op} | counters for op, counters in zip(launches(), counted, strict=True)]
+    return record(f"limits_{card()['name'].split()[1].lower()}", found, "python tests/kernel_limits.py")
 
 
 if __name__ == "__main__":

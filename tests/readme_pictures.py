@@ -217,7 +217,7 @@ def learning(result: dict) -> str:
 def kernel_times(result: dict) -> str:
     rows = []
     for title, (ours, *others) in operations(result).items():
-        theirs = [f"{_ms(row)} {row['who']}" for row in others if not row["ours"]]
+        theirs = [f"{_ms(row)} `{row['who']}`" for row in others if not row["ours"]]
         rows.append([title.replace("\n", ", "), _ms(ours), ", ".join(theirs[:2]), f"{ours['floor_ms']:.3f}"])
     return table([f"kernel, median ms, weights frozen ({_link(result)})", "fastkit", "the two next", "the limit"], rows)
 

@@ -49,7 +49,7 @@ CHECKS = {
     "attention_packed": Check(
         ("attention_forward", "attention_backward"),
         ("attention_varlen",),
-        "(do_not_leak or one_by_one or own_tiles) and not fp16 and not dtype0",
+        "(do_not_leak or one_by_one or own_tiles) and not fp16",
     ),
     "cross_entropy": Check(("cross_entropy",), ("cross_entropy",), f"({SMALL}) or gradient_in_the_forward"),
     "fp8": Check(("fp8_rows", "rms_norm_fp8", "swiglu_fp8"), ("fp8_rows",), "(kernel or norm or swiglu) and not fp16"),

@@ -53,7 +53,7 @@ def test_cu_seqlens_that_do_not_cover_the_batch():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(("D", "window"), [(64, None), (96, 300), (128, None), (128, 500), (256, None)])
 def test_close_to_the_truth_at_the_library_s_own_tiles(D, window, dtype, device):
     check(attention, *inputs(1, 4, 2, 777, 777, D, dtype, device), True, window)

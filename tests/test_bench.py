@@ -2,6 +2,7 @@
 
 import re
 
+import kernel_limits
 import pytest
 import torch
 
@@ -88,8 +89,9 @@ def test_peers_that_are_not_here_are_said_to_be(monkeypatch):
     assert not found and absent["Re"].startswith("does not import: AttributeError: ")
 
 
-def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
-    """The cases of the benchmark, built small and on this machine; torch.compile is left to the GPU."""
+@pytest.fixture
+def small_sizes(monkeypatch, device):
+    """The benchmark's cases are built small and on this machine; torch.compile is left to the GPU."""
     small = {
         bench_case: dict(ROWS=24, DEVICE=device),
         bench_kernels: dict(
@@ -107,6 +109,9 @@ def test_every_contender_is_right_on_small_tensors(monkeypatch, device):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))  # so that FP8 is among the cases
         for module in small:  # bfloat16 the interpreter cannot round
             monkeypatch.setattr(module, "half", lambda: torch.float16)
+
+
+def test_every_contender_is_right_on_small_tensors(small_sizes):
     ours = set()
     for make in (make for group in groups().values() for make in group.values()):
         for found in make():
@@ -161,3 +166,19 @@ def test_a_peer_that_fails_is_left_out(monkeypatch):
     monkeypatch.setattr(bench_case, "peers", lambda op, *fixed: ({}, {}))
     with pytest.raises(RuntimeError):
         bench_case.together(*of[:4], {"fastkit": broken}, of[5])
+
+
+def test_each_launch_whose_limits_are_counted(small_sizes):
+    found = kernel_limits.launches()
+    assert len(found) == 8
+    for launch in found.values():
+        launch()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_counters_are_of_each_launch(monkeypatch):
+    monkeypatch.setattr(kernel_limits, "record", lambda name, rows, command: (name, rows))
+    name, rows = kernel_limits.main()
+    assert name.startswith("limits_") and [row["op"] for row in rows] == list(kernel_limits.launches())
+    assert all(0 < row["dram_busy"] <= 1 and 0 < row["issue_busy"] <= 1 for row in rows)
