@@ -1,5 +1,6 @@
 """What notebooks share: recorded or measured, predictions held against measurements, what a card can, questions."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,21 @@ from test_plots import says
 from fastkit.errors import FastkitError
 from fastkit.kernels.ladders import copy
 from fastkit.lab import course, install, notebook, results
-from fastkit.lab.course import Measurement, compare, draw, measured, supports
+from fastkit.lab.cards import KNOWN, find
+from fastkit.lab.course import (
+    Measurement,
+    compare,
+    draw,
+    known_ceilings,
+    measured,
+    measured_now,
+    modelled_card,
+    supports,
+)
 from fastkit.lab.exercises import check, exercises, hint, solution
 from fastkit.lab.exercises.catalog import COURSE, EXERCISES, QUESTIONS
 from fastkit.lab.exercises.question import Question
+from fastkit.lab.measure import Measured
 from fastkit.lab.notebook import show_source, show_step
 
 ROWS = [{"stride": 1, "times": 1.0}, {"stride": 8, "times": 7.5}, {"stride": 8.5, "times": None}]
@@ -86,6 +98,32 @@ def test_draw():
     picture = draw(Measurement("03_strides"), lambda given: never())
     check_picture(picture)
     assert says(picture, "not measured yet")
+
+
+# --- the card that predictions are of
+
+
+def test_without_a_gpu_predictions_are_of_the_card_of_the_record(lane):
+    lane("cpu")
+    result = results.recorded("01_ceilings")
+    assert modelled_card() is modelled_card("float16") is find(result["card"]["name"])
+    reached, source = known_ceilings()
+    assert reached.rows() == result["rows"] and reached.card is modelled_card()
+    assert source == results.caption(result) == measured("01_ceilings", never).source
+
+
+def test_on_a_gpu_predictions_are_of_the_card_that_is_here(lane, monkeypatch):
+    lane("gpu")
+    unknown = dataclasses.replace(KNOWN["RTX 4090"], tensor_tflops={})
+    for here, dtype in ((KNOWN["RTX 4090"], "float16"), (KNOWN["T4"], "float16"), (unknown, None)):
+        monkeypatch.setattr(course, "present", lambda here=here: here)
+        assert modelled_card(dtype) is here
+    assert modelled_card("float16") is find(results.recorded("01_ceilings")["card"]["name"])  # a peak that is unknown
+    reached = Measured(KNOWN["RTX 4090"], 900.0, {}, 3.0, 10.0)
+    monkeypatch.setattr(course, "measure_card", lambda: reached)
+    assert known_ceilings() == (reached, measured_now())
+    assert known_ceilings(as_recorded=True)[0].rows() == results.recorded("01_ceilings")["rows"]
+    assert re.fullmatch(r"measured now on .+, \d{4}-\d\d-\d\d", measured_now())
 
 
 # --- predictions

@@ -1,6 +1,7 @@
 """What every notebook of the course does: measure or recall, draw, hold a prediction against it, ask what a card can.
 
 result = measured("03_strided_copy", measure_strides)   # rows of this card, else the recorded ones
+here = modelled_card()                                  # the card that those are of, for predictions
 draw(result, picture)                                    # picture(result), or how to get it
 compare(my_prediction, 8.0, result.value("times", stride=32), "times", result.source)
 """
@@ -14,7 +15,10 @@ from dataclasses import dataclass, field
 
 from fastkit.errors import FastkitError
 from fastkit.lab import results
+from fastkit.lab.cards import Card, find, present
 from fastkit.lab.device import card, lane
+from fastkit.lab.measure import Measured
+from fastkit.lab.measure import measure as measure_card
 from fastkit.lab.plots.paper import Picture, unknown
 from fastkit.lab.plots.prediction import prediction
 from fastkit.lab.turns import turn
@@ -25,6 +29,7 @@ FEATURES = {  # what it is called, and the first of NVIDIA's architectures to ha
     "fp8": ("FP8 arithmetic", 89),
     "tma": ("the copy engine for tiles (TMA)", 90),
 }
+CEILINGS = "01_ceilings"  # recorded by notebook 01, on the card whose numbers the notebooks show without a GPU
 AMD = {"gfx942": {"bf16", "tensor_cores", "fp8"}, "gfx1100": {"bf16", "tensor_cores"}}
 
 
@@ -71,11 +76,16 @@ def measured(name: str, measure: Callable[[], list[dict]]) -> Measurement:
     if lane() == "gpu" and (rows := _in_turn(measure)):
         if os.environ.get("FASTKIT_RECORD") == "1":
             results.record(name, rows, f"FASTKIT_RECORD=1 papermill notebooks/{name[:2]}_*.ipynb out.ipynb")
-        return Measurement(name, rows, f"measured now on {card()['name']}, {datetime.date.today().isoformat()}")
+        return Measurement(name, rows, measured_now())
     return recall(name)
 
 
-def _in_turn(measure: Callable[[], list[dict]]) -> list[dict]:
+def measured_now() -> str:
+    """The source of what is measured here and now: "measured now on CARD, DATE", CARD being the CPU without a GPU."""
+    return f"measured now on {card()['name']}, {datetime.date.today().isoformat()}"
+
+
+def _in_turn(measure: Callable):
     with turn():
         return measure()
 
@@ -86,6 +96,38 @@ def recall(name: str) -> Measurement:
         return Measurement(name)
     result = results.recorded(name)
     return Measurement(name, result["rows"], results.caption(result))
+
+
+def modelled_card(dtype: str | None = None) -> Card:
+    """The card that a notebook's predictions are of: the one here; without a GPU the one that 01_ceilings was recorded
+    on, so that a prediction and the recorded number beside it are of one card.
+
+    dtype  a key of Card.tensor_tflops, for predictions that need that peak: a card here of which it is unknown gives
+           way to the recorded one as well
+
+    Units as in fastkit.lab.cards; `known_ceilings` says what the card reached. Raises FastkitError where that was
+    recorded on a card that is not in the table.
+    """
+    if lane() == "gpu":
+        here = present()
+        if dtype is None or dtype in here.tensor_tflops:
+            return here
+    return find(results.recorded(CEILINGS)["card"]["name"])
+
+
+def known_ceilings(as_recorded: bool = False) -> tuple[Measured, str]:
+    """What the modelled card was measured to reach, for `fastkit.lab.roofline.rates`, and the source of that.
+
+    On a GPU that is measured, once a process; without one, or `as_recorded`, it is what 01_ceilings holds. Units as in
+    fastkit.lab.measure, errors as in `modelled_card`.
+    """
+    if lane() == "gpu" and not as_recorded:
+        return _in_turn(measure_card), measured_now()
+    kept = results.recorded(CEILINGS)
+    found = {row["what"]: row["measured"] for row in kept["rows"]}
+    matrix = {what.split()[1].strip(","): tflops for what, tflops in found.items() if what.startswith("matmul ")}
+    launch = found["an empty kernel, us"], found["a launch, us of the host"]
+    return Measured(find(kept["card"]["name"]), found["copy, GB/s"], matrix, *launch), results.caption(kept)
 
 
 def draw(result: Measurement, picture: Callable[[Measurement], Picture]) -> Picture:
