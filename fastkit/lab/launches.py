@@ -174,7 +174,10 @@ class Parcel:
                 offset = value.offset + start // value.dtype.itemsize
                 return torch.empty(0, dtype=value.dtype).set_(storage, offset, value.size, value.stride)
             if isinstance(value, _Descriptor):
-                from triton.tools.tensor_descriptor import TensorDescriptor
+                if "layout" in value.rest:
+                    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+                else:
+                    from triton.tools.tensor_descriptor import TensorDescriptor
 
                 return TensorDescriptor(base=open_up(value.base), **value.rest)
             if isinstance(value, tuple):
