@@ -7,6 +7,9 @@ With W[n, k] = CODE[q] * absmax, and chunks of up to 64 neighbours that share an
 
     y[n] = sum over chunks of absmax * (sum over the chunk of CODE[q] * x[k])
 
+`kernels/nf4_matvec_lines.py` does that on NVIDIA's GPUs from sm_80 on, for 1 to 8 rows in 16 bits of a multiple of 256
+numbers; here is what runs elsewhere, and in graphs of torch.compile.
+
 Tensor cores take the inner sum, for up to 16 rows of x at once, even for one. They want 16 bits. CODE rounded to 16
 bits would be as wrong as any rounded weight; but it goes as a sum of two such numbers, high and low, side by side in
 the 32 bits that one load from a table in shared memory gives, and x stands twice beside them:
@@ -27,6 +30,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastkit.kernels import nf4_matvec_lines
 from fastkit.kernels.common import Cost, architecture, check_floats, device_of, on_triton, sm_count, tl, triton
 from fastkit.kernels.nf4 import (
     NF4Weight,
@@ -214,7 +218,9 @@ def launch_batch(x, weight: NF4Weight, y, **tiling) -> None:
 
 def launch(x, weight: NF4Weight, y) -> None:
     """Write y [M, N], given x [M, K], M from 1 to 16, both contiguous, with the kernel that suits them."""
-    if len(x) == 1 and (x.dtype == torch.float32 or architecture(x.device) == "sm_75"):
+    if nf4_matvec_lines.takes(weight, x, y, architecture(x.device)):
+        nf4_matvec_lines.launch(x, weight, y)
+    elif len(x) == 1 and (x.dtype == torch.float32 or architecture(x.device) == "sm_75"):
         launch_matvec(x[0], weight, y[0])
     else:
         launch_batch(x, weight, y)
@@ -227,6 +233,7 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     weight, x, y = empty_nf4((N, K), dtype, device="meta"), empty(16, K), empty(16, N)
     return {
         f"1 row {N}x{K}": functools.partial(launch, x[:1], weight, y[:1]),
+        f"1 row {N}x{K} in torch.compile": functools.partial(launch_batch, x[:1], weight, y[:1]),
         f"16 rows {N}x{K}": functools.partial(launch, x, weight, y),
         f"1 row {N}x{K} in fp32": functools.partial(launch, x[:1].float(), weight, y[:1].float()),
     }
