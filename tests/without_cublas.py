@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 LIBRARY = torch.library.Library("aten", "IMPL")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+WIDER = ("mm", "addmm", "bmm", "baddbmm")  # those that may return another dtype than their factors'
 
 
 def on_the_cpu(product):
@@ -18,6 +19,16 @@ def on_the_cpu(product):
         return product(*moved, **options).to(arguments[0].device)
 
     return run
+
+
+def wider(run):
+    """With out_dtype as last argument, which torch has on a GPU alone."""
+
+    def run_wider(*arguments, **options):
+        *factors, dtype = arguments
+        return run(*(factor.to(dtype) for factor in factors), **options)
+
+    return run_wider
 
 
 def into(run):
@@ -31,3 +42,6 @@ for name in PRODUCTS:
     run = on_the_cpu(getattr(torch.ops.aten, name).default)
     LIBRARY.impl(name, run, "CUDA")
     LIBRARY.impl(f"{name}.out", into(run), "CUDA")
+    if name in WIDER:
+        LIBRARY.impl(f"{name}.dtype", wider(run), "CUDA")
+        LIBRARY.impl(f"{name}.dtype_out", into(wider(run)), "CUDA")
