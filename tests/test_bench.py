@@ -1,6 +1,8 @@
 """`fastkit bench`: what it refuses, what it leaves out, its table; on a GPU a real run that is recorded."""
 
+import os
 import re
+import warnings
 
 import kernel_limits
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from fastkit.cli import main
 from fastkit.kernels.common import Cost
-from fastkit.lab import bench_case, bench_kernels, bench_ladders, bench_peers
+from fastkit.lab import bench_case, bench_kernels, bench_ladders, bench_peers, worker
 from fastkit.lab.bench import _is_right, groups, table
 from fastkit.lab.bench_case import Case
 from fastkit.lab.results import load
@@ -89,6 +91,21 @@ def test_peers_that_are_not_here_are_said_to_be(monkeypatch):
     assert not found and absent["Re"].startswith("does not import: AttributeError: ")
 
 
+def test_tracing_after_peers(monkeypatch):
+    """The tracer goes by lines, which Triton leaves out where the environment says so."""
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    started = []
+
+    def process(command, env, **pipes):
+        started.append(env)
+        raise InterruptedError
+
+    monkeypatch.setattr(worker.subprocess, "Popen", process)
+    with pytest.raises(InterruptedError):
+        worker.Worker(interpret=True).start()
+    assert started[0]["TRITON_DISABLE_LINE_INFO"] == "0" and started[0]["TRITON_INTERPRET"] == "1"
+
+
 @pytest.fixture
 def small_sizes(monkeypatch, device):
     """The benchmark's cases are built small and on this machine; torch.compile is left to the GPU."""
@@ -109,6 +126,24 @@ def small_sizes(monkeypatch, device):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))  # so that FP8 is among the cases
         for module in small:  # bfloat16 the interpreter cannot round
             monkeypatch.setattr(module, "half", lambda: torch.float16)
+
+
+def test_a_peer_leaves_the_environment_alone(monkeypatch, tmp_path):
+    (tmp_path / "a_peer.py").write_text("""
+import os
+os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "KEPT": "no", "UNSLOTH_OWN": "1"}
+os.environ.pop("ALSO_KEPT")
+print("\\.")
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRITON_DISABLE_LINE_INFO", raising=False)
+    for name in ("KEPT", "ALSO_KEPT", "UNSLOTH_OWN"):
+        monkeypatch.setenv(name, "yes")
+    monkeypatch.setitem(bench_peers.PEERS, "swiglu", [("Someone", "a_peer", lambda: print)])
+    with warnings.catch_warnings(record=True) as warned:
+        assert bench_peers.peers("swiglu") == ({"Someone": print}, {})
+    left = {name: os.environ.get(name) for name in ("TRITON_DISABLE_LINE_INFO", "KEPT", "ALSO_KEPT", "UNSLOTH_OWN")}
+    assert list(left.values()) == [None, "yes", "yes", "1"] and not warned
 
 
 def test_every_contender_is_right_on_small_tensors(small_sizes):

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,11 +19,31 @@ def peers(op: str, *fixed) -> tuple[dict[str, Callable], dict[str, str]]:
             absent[who] = "not installed"
             continue
         try:
-            importlib.import_module(package)
-            found[who] = make(*fixed)
+            with _left_alone():
+                importlib.import_module(package)
+                found[who] = make(*fixed)
         except Exception as error:  # a peer that this torch or Triton breaks must not end the benchmark
             absent[who] = f"does not import: {said(error)}"
     return found, absent
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Import within, with no warnings about their sources; afterwards the environment, but for unsloth's own variables,
+    is what it was: unsloth sets some that Triton and torch read, such as TRITON_DISABLE_LINE_INFO."""
+    before = dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            yield
+        finally:
+            for name in {*before, *os.environ}:
+                if name.startswith("UNSLOTH"):
+                    continue
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
 
 
 def said(error: Exception) -> str:

@@ -32,7 +32,9 @@ class Worker:
         """Start the process, if it does not run; it gets ready while this one goes on."""
         if self.process and self.process.poll() is None:
             return
-        environment = child_environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET=str(int(self.interpret)))
+        # unsloth, once imported, has Triton leave out the lines that accesses are found by
+        settings = {"CUDA_VISIBLE_DEVICES": "", "TRITON_DISABLE_LINE_INFO": "0"}
+        environment = child_environment(TRITON_INTERPRET=str(int(self.interpret)), **settings)
         environment.setdefault("OMP_NUM_THREADS", "1")
         self.started = time.time()
         self.process = subprocess.Popen(
