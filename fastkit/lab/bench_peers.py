@@ -33,7 +33,8 @@ def _left_alone() -> Iterator[None]:
     is what it was: unsloth sets some that Triton and torch read, such as TRITON_DISABLE_LINE_INFO."""
     before = dict(os.environ)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
+        for kind in (SyntaxWarning, DeprecationWarning):  # of escapes: in Python 3.12, and before
+            warnings.simplefilter("ignore", kind)
         try:
             yield
         finally:
