@@ -101,15 +101,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_partial_ptr,
+    dy_ptr, factor_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_partial_ptr,
     M, N, stride_dym, stride_xm, stride_dresidualm, stride_dxm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK_N columns of dx for row tiles i, i + walkers, ... and sums dweight over those rows.
 
-    dresidual, if it is not None, is added to dx (see add_rms_norm.py). dweight_partial, if it is not None, is
-    [walkers, N] in fp32, a row of it for each walker. No atomics: the order of the additions is fixed, and with it
-    every bit of the result.
+    factor, if it is not None, is [M], what dy's rows are yet to be multiplied by. dresidual, if it is not None, is
+    added to dx (see add_rms_norm.py). dweight_partial, if it is not None, is [walkers, N] in fp32, a row of it for each
+    walker. No atomics: the order of the additions is fixed, and with it every bit of the result.
     """
     walkers = tl.num_programs(0) // BLOCKS_N
     walker, block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
@@ -128,6 +128,9 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]  # [BLOCK_M, 1]
         x_hat = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32) * rstd  # [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + rows, mask=in_rows, other=0.0)[:, None]
+            dy *= factor
         # the same for every row, but to keep it would take registers from programs that could run beside this one
         weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)  # [BLOCK_N]
         if dresidual_ptr is not None:  # read now, that its bytes are under way while the row is summed
@@ -140,6 +143,8 @@ def _backward_kernel(
             far_mask = in_rows[:, None] & (far_cols < N)[None, :]
             far_x = tl.load(x_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
             far_dy = tl.load(dy_rows + far_cols[None, :], mask=far_mask, other=0.0).to(tl.float32)
+            if factor_ptr is not None:
+                far_dy *= factor
             far_weight = tl.load(weight_ptr + far_cols, mask=far_cols < N, other=0.0).to(tl.float32)
             c += tl.sum(far_x * rstd * (far_dy * far_weight[None, :]), axis=1)
         c = (c / N)[:, None]  # [BLOCK_M, 1]
@@ -201,13 +206,14 @@ def launch_forward(x, weight, eps: float, y, rstd, **tiling) -> None:
 
 
 def launch_backward(
-    dy, x, weight, rstd, dx, weight_grad: bool, dresidual=None, walkers: int | None = None, **tiling
+    dy, x, weight, rstd, dx, weight_grad: bool, dresidual=None, factor=None, walkers: int | None = None, **tiling
 ) -> torch.Tensor | None:
     """Write dx [M, N]; return dweight [N] in weight's dtype if `weight_grad`, else None, with no work done for it.
 
     dresidual [M, N], if given, is added to dx, as add_rms_norm's backward needs it. dx may be dy or dresidual itself,
-    which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N). `tiling` overrides BLOCK_M, num_warps and
-    STAGES, and `walkers` how many programs share the rows.
+    which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N). factor [M], if given, is what dy's rows
+    are yet to be multiplied by. `tiling` overrides BLOCK_M, num_warps and STAGES, and `walkers` how many programs share
+    the rows.
     """
     M, N = x.shape
     if M == 0:
@@ -225,7 +231,7 @@ def launch_backward(
     stride_dresidualm = 0 if dresidual is None else dresidual.stride(0)
     with device_of(x):
         _backward_kernel[(walkers * tiling["BLOCKS_N"],)](
-            dy, x, weight, rstd, dresidual, dx, dweight_partial,
+            dy, factor, x, weight, rstd, dresidual, dx, dweight_partial,
             M, N, dy.stride(0), x.stride(0), stride_dresidualm, dx.stride(0), **tiling,
         )  # fmt: skip
     return dweight_partial.sum(0).to(weight.dtype) if weight_grad else None

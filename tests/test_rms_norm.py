@@ -160,7 +160,7 @@ def test_frozen_weight_costs_nothing(device, monkeypatch):
     x.requires_grad_()
     rms_norm(x, weight).sum().backward()
     assert x.grad is not None and weight.grad is None
-    assert seen[0][4] is None and seen[0][6] is None  # dresidual_ptr, dweight_partial_ptr
+    assert seen[0][1] is seen[0][5] is seen[0][7] is None  # factor_ptr, dresidual_ptr, dweight_partial_ptr
 
 
 def test_frozen_input(device):
@@ -210,6 +210,18 @@ def test_dx_may_overwrite_dy(dtype, device):
     in_place = dy.clone()
     assert torch.equal(dweight, module.launch_backward(in_place, x, weight, rstd, in_place, True))
     assert torch.equal(dx, in_place)
+
+
+@pytest.mark.parametrize("N", [300, module.MAX_BLOCK_N + 100])
+def test_rows_yet_to_be_multiplied(N, device):
+    dy, x, weight = (torch.randn(*shape, device=device) for shape in ((5, N), (5, N), (N,)))
+    factor, rstd = torch.tensor([0.5, 1, 2, 4, 8], device=device), torch.rand(5, device=device)
+    found = [torch.empty_like(x) for _ in range(2)]
+    sums = [
+        module.launch_backward(dy, x, weight, rstd, found[0], True, factor=factor),
+        module.launch_backward(dy * factor[:, None], x, weight, rstd, found[1], True),
+    ]
+    assert torch.equal(*found) and torch.equal(*sums)  # by powers of two: not a bit differs
 
 
 def test_offsets_past_2_to_the_31(device):

@@ -120,7 +120,7 @@ class AttentionHalf(Half):
             del n
         dx = dweight = None
         if x_grad or weight_grad:
-            dn = self.qkv.input_gradient(dqkv, W)
+            dn = self.qkv.input_gradient(dqkv, W, unscaled=True)
             del dqkv, dq, dk, dv, W
             dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + o_gradients

@@ -107,19 +107,21 @@ def _norm_fp8(x: torch.Tensor, weight: Norm) -> tuple[FP8Rows, torch.Tensor]:
 
 
 def norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: Norm, rstd: torch.Tensor,
+    dy: torch.Tensor | Unscaled, x: torch.Tensor, weight: Norm, rstd: torch.Tensor,
     dresidual: torch.Tensor | None = None, weight_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """(dx in x's dtype, with dresidual added; dweight or None). Overwrites dy [..., N], contiguous, if dx fits it."""
+    dy, factor = apart(dy)
     if on_triton("rms_norm", "x", x):
         fits = dy.dtype == x.dtype and x.shape[-1] <= rms_norm.MAX_BLOCK_N
         dx = dy if fits else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         residual = None if dresidual is None else as_rows(dresidual)
         return dx, rms_norm.launch_backward(
-            as_rows(dy), as_rows(x), weight.weight, rstd, as_rows(dx), weight_grad, residual
+            as_rows(dy), as_rows(x), weight.weight, rstd, as_rows(dx), weight_grad, residual, factor
         )
+    dy = dy.float() if factor is None else dy.float() * factor[:, None]
     dx, dweight = _differentiated(
-        lambda x, w: rms_norm.reference(x, w, weight.eps), [x.float(), weight.weight.float()], dy.float()
+        lambda x, w: rms_norm.reference(x, w, weight.eps), [x.float(), weight.weight.float()], dy
     )
     dx = dx if dresidual is None else dx + dresidual.float()
     return dx.to(x.dtype), dweight.to(weight.weight.dtype) if weight_grad else None

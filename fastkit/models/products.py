@@ -13,8 +13,8 @@ backward writes the weight anew, as V8 [K, N] = W8.T, of the same scale:
 Weights below each other in W lie side by side in V.
 
 The product itself is scaled by sw alone: with a scale a row torch takes CUTLASS's kernel in place of cuBLAS's, which
-loses on long sums (pytorch/pytorch issue 153809). sx waits for whoever reads y. SwiGLU and its backward multiply by it
-as they read, and where a residual is added, so does that pass; q, k, v, and the gradients of norms and of attention's
+loses on long sums (pytorch/pytorch issue 153809). sx waits for whoever reads y. SwiGLU, its backward and the norms'
+multiply by it as they read, and where a residual is added, so does that pass; q, k, v, and the gradients of attention's
 output take one, in place.
 
 Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU and its backward. The attention's output, its
