@@ -3,6 +3,8 @@
 The parts are added in the order of their numbers: no atomics, the same bits every time. An intermediate result of a
 16-bit x is written as the sum of `terms` = 2 numbers of x's dtype, the rounded one and what rounding lost; of an fp32
 one as it is, terms = 1. So it goes from memory to the tensor cores as it lies there, without a detour by registers.
+
+On sm_90 the parts of what lora_hopper.py takes are its own.
 """
 
 import functools
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastkit.kernels import lora_hopper
 from fastkit.kernels.common import architecture, device_of, fp32, sm_count, tl, triton
 
 GROUP = 3  # adapters of one launch, such as q, k and v
@@ -297,6 +300,9 @@ def launch(x, dys, A, B, scalings, dA, dB) -> None:
     x [M, K] and dys[i] [M, N_i] are of one dtype, N is the sum of N_i; all have neighbours in their rows.
     """
     R, Ns = B.shape[1], [dy.shape[1] for dy in dys]
+    if lora_hopper.takes(architecture(x.device), x, dys, A, B):
+        launch_add_rows(*lora_hopper.launch(x, dys, A, B), dA, dB, Ns, scalings)
+        return
     terms, dtype = (2, x.dtype) if x.element_size() == 2 else (1, torch.float32)
     xA, dyB = torch.empty(2, terms, x.shape[0], A.shape[0], dtype=dtype, device=x.device)
     launch_project(x, A, xA)
