@@ -6,6 +6,7 @@ from fastkit.kernels.attention import attention, attention_varlen
 from fastkit.kernels.cross_entropy import cross_entropy
 from fastkit.kernels.fp8_rows import quantize_rows_fp8
 from fastkit.kernels.fp8_scale import shared_scale, weight_bounds
+from fastkit.kernels.gated_product import gated_product
 from fastkit.kernels.geglu import geglu
 from fastkit.kernels.linear_cross_entropy import linear_cross_entropy
 from fastkit.kernels.lora import lora_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "attention_varlen",
     "cross_entropy",
     "dequantize_nf4",
+    "gated_product",
     "geglu",
     "linear_cross_entropy",
     "lora_gradients",

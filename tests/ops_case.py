@@ -43,6 +43,7 @@ def _norms(device, dtype, rows) -> dict[str, Case]:
         "rms_norm": Case(ops.rms_norm, (x, weight), 2),
         "add_rms_norm": Case(ops.add_rms_norm, (x, draw(rows, 96), weight), 3),
         "swiglu": Case(ops.swiglu, (x, draw(rows, 96)), 2),
+        "gated_product": Case(ops.gated_product, (x, draw(2 * 64, 96))),
         "geglu": Case(ops.geglu, (x, draw(rows, 96)), 2),
         "rope": Case(ops.rope, turning, 2),
         "rope_": Case(lambda q, k, cos, sin: ops.rope_(q.detach().clone(), k.detach().clone(), cos, sin), turning),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "kernels"
 LOGS = TESTS.parent / "build" / "sanitize"
 FOUND = 86  # the exit code for errors found; pytest has none as high
 SMALL = "close_to_the_truth and not any_ and not fp16"  # bf16 runs the same code as fp16
@@ -51,17 +52,21 @@ CHECKS = {
         ("attention_varlen",),
         "(do_not_leak or one_by_one or own_tiles) and not fp16",
     ),
+    "attention_hopper": Check(("attention_hopper",), ("attention_hopper",), "close_to_the_truth"),
     "cross_entropy": Check(("cross_entropy",), ("cross_entropy",), f"({SMALL}) or gradient_in_the_forward"),
     "fp8": Check(("fp8_rows", "rms_norm_fp8", "swiglu_fp8"), ("fp8_rows",), "(kernel or norm or swiglu) and not fp16"),
+    "gated_product": Check(("gated_product",), ("gated_product",), "close_to_the_truth and bf16 and not 300"),
     "geglu": Check(("geglu",), ("geglu",), f"({SMALL}) or may_overwrite"),
     "linear_cross_entropy": Check(("linear_cross_entropy",), ("linear_cross_entropy",), f"({SMALL}) or test_scale"),
     "lora_gradients": Check(("lora_passes",), ("lora_gradients",), f"({SMALL}) or two_dtypes"),
+    "lora_hopper": Check(("lora_hopper",), ("lora_hopper",), "on_a_gpu and not fp16"),
     "merged_dequantize": Check(
         ("merged_dequantize", "fp8_scale"), ("merged_dequantize",), f"({SMALL}) or same_bits or stacked or fp8"
     ),
     "merged_lines": Check(("merged_lines",), ("merged_lines",), "on_a_gpu or strided_adapters"),
     "nf4": Check(("nf4", "nf4_quantize"), ("nf4",), "odd_sizes or last_block or nested_kernel or other_dtypes"),
     "nf4_matvec": Check(("nf4_matvec",), ("nf4_matvec",), f"({SMALL}) or shapes_and_layouts"),
+    "nf4_matvec_lines": Check(("nf4_matvec_lines",), ("nf4_matvec_lines",), "on_a_gpu and (bf16 or 2-333)"),
     "rms_norm": Check(("rms_norm",), ("rms_norm",), f"({SMALL}) or longer_than_a_block or no_rows"),
     "rope": Check(("rope",), ("rope",), f"({SMALL}) or in_place or packed_sequences"),
     "swiglu": Check(("swiglu",), ("swiglu",), f"({SMALL}) or may_overwrite or halves"),
@@ -93,13 +98,35 @@ def sanitize(tool: str, name: str, command: list[str], timeout: float) -> tuple[
     return code, log.read_text(errors="replace"), time.monotonic() - start
 
 
+def of_dispatch(output: str) -> bool:
+    """Whether racecheck's hazards are all in how Triton hands warps the parts of a `warp_specialize`.
+
+    Its warps read from shared memory which part is theirs. In the machine code a barrier of all warps (BAR.SYNC 1)
+    stands between the store of that and the reads, and two between these and the next store; racecheck 2025.3 reports
+    them nevertheless, in attention_hopper.py. The code is the compiler's: its lines are the kernel's signature and the
+    call.
+    """
+    places = re.findall(r"access at (\w+)\+0x[0-9a-f]+ in (\w+\.py):(\d+)", output)
+    summary = re.search(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", output)
+    if not places or summary is None or output.count("Race reported") < int(summary[1]) + int(summary[2]):
+        return False
+    lines = {(name, file, int(line)) for name, file, line in places}
+    return all(
+        re.search(rf"def {name}\(|warp_specialize\(", (KERNELS / file).read_text().splitlines()[line - 1])
+        for name, file, line in lines
+    )
+
+
 def verdict(code: int | None, output: str) -> str:
     """What is wrong with a run, in words; "" if it is clean. Some test must have passed."""
     if code is None:
         return "took too long"
     if code == FOUND:
-        return "errors found"
-    if code:
+        if not of_dispatch(output):
+            return "errors found"
+        if re.search(r"\d+ failed", output):
+            return "tests failed"
+    elif code:
         return f"tests failed, exit code {code}"
     return "" if re.search(r"\d+ passed", output) else "no test ran"
 

@@ -10,7 +10,7 @@ from tolerance import assert_as_close_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkit.kernels import attention, rope
-from fastkit.models import pieces
+from fastkit.models import pieces, projection
 from fastkit.models.half import Half
 from fastkit.models.patch import patch
 from fastkit.models.plans import PLANS
@@ -248,7 +248,15 @@ def test_accumulated_gradients_add_up(folder, references):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_sets_the_dtype_of_products(folder, references, dtype):
+def test_autocast_sets_the_dtype_of_products(folder, references, dtype, monkeypatch):
+    """And of the adapters: of the copies that are merged into the weights come their gradients too."""
+    given, real = [], projection.lora_gradients
+
+    def seen(x, dys, As, Bs, *rest):
+        given.extend((*As, *Bs))
+        return real(x, dys, As, Bs, *rest)
+
+    monkeypatch.setattr(projection, "lora_gradients", seen)
     model, (x, dy) = model_of(folder, quantize=False), inputs(B=1, T=6)
     ours = fused(model)
     exact = run_layer(ours, x, dy)
@@ -263,6 +271,7 @@ def test_autocast_sets_the_dtype_of_products(folder, references, dtype):
     error = (x.grad - exact["x"]).norm() / exact["x"].norm()
     assert 0 < error < 0.02
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
+    assert [tensor.dtype for tensor in given[-14:]] == [dtype] * 14
 
 
 # --- what is kept, and computed again

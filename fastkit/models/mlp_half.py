@@ -19,8 +19,9 @@ Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and thro
 What the backward reads is x, rstd, g and u, and a and n, which are computed again from these: a by the kernel that has
 g and u in hand. y itself is in none of it, so the down projection is never computed again.
 
-Kept: x and rstd; g and u unless the plan computes them again, by one product. Under the plan that does not keep x
-either, `again` is asked for it: the first half's forward, whose result x was.
+Kept: x and rstd; g and u unless the plan computes them again, by one product. Where they are not kept they need not be
+written: on sm_90 one kernel multiplies and takes a of the products (`kernels/gated_product.py`). Under the plan that
+does not keep x either, `again` is asked for it: the first half's forward, whose result x was.
 
 W_gu, written to compute g and u again, is held until dn is computed. But every row of all this is one token's, and the
 adapters' gradients are sums over tokens. So a plan may send the tokens through in chunks, each with its own W_gu and
@@ -55,10 +56,13 @@ class MLPHalf(Half):
         parts, kept = [], {}
         for part in self._chunks(x):
             n, rstd = pieces.norm(part, self.norm, self.gate_up.factors)
-            hidden = self.gate_up.forward(n, unscaled=True)  # [M, 2 I]: g and u
+            keeps = keep and self.plan.gate_up
+            a = None if keeps else self.gate_up.gated(n)
+            hidden = self.gate_up.forward(n, unscaled=True) if a is None else None  # [M, 2 I]: g and u
             del n
-            a = pieces.gated(hidden, self.down.factors)
-            if keep and self.plan.gate_up:
+            if hidden is not None:
+                a = pieces.gated(hidden, self.down.factors)
+            if keeps:
                 kept["hidden"], self.factor = pieces.apart(hidden)
             del hidden  # unless kept, before the next product
             parts.append((self.down.forward(a, residual=part), rstd))
@@ -110,7 +114,7 @@ class MLPHalf(Half):
         del dhidden
         dx = dweight = None
         if inner:
-            dn = self.gate_up.input_gradient(factor, W)
+            dn = self.gate_up.input_gradient(factor, W, unscaled=True)
             del factor, W
             dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
         return dx if x_grad else None, dweight, gradients + down_gradients

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastkit.kernels import gated_product
 from fastkit.kernels.merged_dequantize import MAX_RANK
 from fastkit.models.bnb import bnb
 from fastkit.ops import NF4Weight, lora_gradients, merged_dequantize
@@ -100,7 +101,7 @@ class Group:
         self.projections, self.flat = copies or rounded([projections], dtype)[0]
         self.dtype = self.factors = dtype
         self.sizes = [p.weight.shape[0] for p in projections]
-        self.adapters = [(i, adapter) for i, p in enumerate(projections) for adapter in p.adapters]
+        self.adapters = [(i, adapter) for i, p in enumerate(self.projections) for adapter in p.adapters]
         self.dropout = any(adapter.dropout for _, adapter in self.adapters)
         self.seeds = torch.randint(2**62, (len(self.adapters),)).tolist() if self.dropout else ()
 
@@ -141,6 +142,15 @@ class Group:
             for y_i, (_, A, B, scaling), z, _ in self._each(x, y):
                 y_i.addmm_(z @ A.T, B.T, alpha=scaling)
         return y if residual is None or residual.dtype == self.dtype else residual + y
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up [M, I] of a group of gate and up, without writing y; None where no kernel does that."""
+        I, biased = self.sizes[0], any(p.bias is not None for p in self.projections)
+        if self.factors != self.dtype or self.dropout or biased or not gated_product.takes(x, I):
+            return None
+        a = torch.empty(len(x), I, dtype=self.dtype, device=x.device)
+        gated_product.launch(x, self.weight(), a)
+        return a
 
     def input_gradient(self, dy: torch.Tensor, W: torch.Tensor | None = None, unscaled: bool = False) -> torch.Tensor:
         """dx [M, K], a new tensor; the rest as in `forward`."""
