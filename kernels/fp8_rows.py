@@ -13,8 +13,9 @@ A product of such rows and a weight of one scale can leave their scales to whoev
 multiply (`swiglu_fp8.py`). For others `launch_scaled` does it, in the pass that adds the residual, or in place.
 
 The largest number of a row must be known before the first is written, so a program walks along its rows twice. The
-second walk finds its numbers in registers, where a row fits one block, or else in the cache. `rms_norm_fp8.py` and
-`swiglu_fp8.py` write such rows themselves: nothing then reads them once more to quantize them.
+second walk finds its numbers in registers, where a row fits one block, or else in the cache. `rms_norm_fp8.py`,
+`swiglu_fp8.py` and the backward of `rms_norm.py` write such rows themselves: nothing then reads them once more to
+quantize them.
 
 Casts: a load is converted to fp32 at once, 1 / scale is fp32, and x8 is rounded once, when it is stored.
 """
@@ -25,7 +26,7 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import Cost, architecture, as_rows, check_floats, device_of, on_triton, tl, triton
-from fastkit.kernels.fp8_scale import FP8, check_fp8, lacks_fp8, reference_fp8, reference_scale
+from fastkit.kernels.fp8_scale import FP8, check_fp8, lacks_fp8, reference_fp8, reference_scale, row_scale
 from fastkit.kernels.rms_norm import row_tiling
 
 
@@ -44,13 +45,6 @@ def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def on_fp8_kernels(op: str, x: torch.Tensor) -> bool:
     """Whether `op` writes FP8 by its kernel: on a GPU that has e4m3. Triton's interpreter rounds to it wrongly."""
     return on_triton(op, "x", x) and x.device.type == "cuda" and not lacks_fp8(architecture(x.device))
-
-
-@triton.jit
-def row_scale(largest):
-    """(scale, 1 / scale) of rows whose largest magnitudes are `largest`, in fp32."""
-    scale = tl.maximum(largest, 1e-30) / 448.0  # a row of zeros
-    return scale, 1.0 / scale
 
 
 @triton.jit

@@ -79,6 +79,13 @@ def weight_bounds(weight: NF4Weight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
+def row_scale(largest):
+    """(scale, 1 / scale) of rows whose largest magnitudes are `largest`, in fp32."""
+    scale = tl.maximum(largest, 1e-30) / 448.0  # a row of zeros
+    return scale, 1.0 / scale
+
+
+@triton.jit
 def _largest_kernel(
     x_ptr, largest_ptr,
     N, stride_xn, stride_xr,

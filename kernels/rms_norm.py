@@ -37,6 +37,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastkit.kernels.common import Cost, as_rows, check_floats, device_of, fp32, on_triton, sm_count, tl, triton
+from fastkit.kernels.fp8_scale import check_fp8, row_scale
 
 MAX_BLOCK_N = 8192  # longer blocks run out of registers in the backward
 MAX_N = 8 * MAX_BLOCK_N  # 65,536, longer than any model's rows
@@ -101,15 +102,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, factor_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_partial_ptr,
-    M, N, stride_dym, stride_xm, stride_dresidualm, stride_dxm,
+    dy_ptr, factor_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, dweight_partial_ptr, dx8_ptr, scale_ptr,
+    M, N, stride_dym, stride_xm, stride_dresidualm, stride_dxm, stride_dx8m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK_N columns of dx for row tiles i, i + walkers, ... and sums dweight over those rows.
 
-    factor, if it is not None, is [M], what dy's rows are yet to be multiplied by. dresidual, if it is not None, is
-    added to dx (see add_rms_norm.py). dweight_partial, if it is not None, is [walkers, N] in fp32, a row of it for each
-    walker. No atomics: the order of the additions is fixed, and with it every bit of the result.
+    These may be None: factor [M], what dy's rows are yet to be multiplied by; dresidual, added to dx (see
+    add_rms_norm.py); dweight_partial, [walkers, N] in fp32, a row of it for each walker; dx8 and scale [M], dx as
+    fp8_rows.py writes it. No atomics: the order of the additions is fixed, and with it every bit of the result.
     """
     walkers = tl.num_programs(0) // BLOCKS_N
     walker, block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
@@ -148,16 +149,27 @@ def _backward_kernel(
             far_weight = tl.load(weight_ptr + far_cols, mask=far_cols < N, other=0.0).to(tl.float32)
             c += tl.sum(far_x * rstd * (far_dy * far_weight[None, :]), axis=1)
         c = (c / N)[:, None]  # [BLOCK_M, 1]
-
         dx = rstd * (wdy - x_hat * c)
         if dresidual_ptr is not None:
             dx += dresidual.to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * stride_dxm + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dx8_ptr is not None:
+            _store_fp8(dx.to(dx_ptr.dtype.element_ty), dx8_ptr, scale_ptr, rows, cols, stride_dx8m, mask, in_rows)
         if dweight_partial_ptr is not None:
             dweight += tl.sum(dy * x_hat, axis=0)
 
     if dweight_partial_ptr is not None:
         tl.store(dweight_partial_ptr + walker * N + cols, dweight, mask=in_cols)
+
+
+@triton.jit
+def _store_fp8(x, x8_ptr, scale_ptr, rows, cols, stride_x8m, mask, in_rows):
+    """Store whole rows x, 0 where masked, in FP8."""
+    x = x.to(tl.float32)
+    scale, inverse = row_scale(tl.max(tl.abs(x), axis=1))
+    x8 = (x * inverse[:, None]).to(x8_ptr.dtype.element_ty)
+    tl.store(x8_ptr + rows[:, None] * stride_x8m + cols[None, :], x8, mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=in_rows)
 
 
 def row_tiling(N: int) -> dict[str, int]:
@@ -206,15 +218,19 @@ def launch_forward(x, weight, eps: float, y, rstd, **tiling) -> None:
 
 
 def launch_backward(
-    dy, x, weight, rstd, dx, weight_grad: bool, dresidual=None, factor=None, walkers: int | None = None, **tiling
-) -> torch.Tensor | None:
+    dy, x, weight, rstd, dx, weight_grad: bool, dresidual=None, factor=None, walkers: int | None = None, dx8=None,
+    scale=None, **tiling,
+) -> torch.Tensor | None:  # fmt: skip
     """Write dx [M, N]; return dweight [N] in weight's dtype if `weight_grad`, else None, with no work done for it.
 
     dresidual [M, N], if given, is added to dx, as add_rms_norm's backward needs it. dx may be dy or dresidual itself,
     which saves a buffer, as long as a row fits one block (N <= MAX_BLOCK_N). factor [M], if given, is what dy's rows
-    are yet to be multiplied by. `tiling` overrides BLOCK_M, num_warps and STAGES, and `walkers` how many programs share
-    the rows.
+    are yet to be multiplied by. dx8 [M, N] and scale [M], if given and a row fits one block, are written too: dx in
+    FP8, as fp8_rows.py writes it; raises NotImplementedError where there is none. `tiling` overrides BLOCK_M, num_warps
+    and STAGES, and `walkers` how many programs share the rows.
     """
+    if dx8 is not None:
+        check_fp8("rms_norm", x.device)
     M, N = x.shape
     if M == 0:
         return torch.zeros_like(weight) if weight_grad else None
@@ -231,8 +247,9 @@ def launch_backward(
     stride_dresidualm = 0 if dresidual is None else dresidual.stride(0)
     with device_of(x):
         _backward_kernel[(walkers * tiling["BLOCKS_N"],)](
-            dy, factor, x, weight, rstd, dresidual, dx, dweight_partial,
-            M, N, dy.stride(0), x.stride(0), stride_dresidualm, dx.stride(0), **tiling,
+            dy, factor, x, weight, rstd, dresidual, dx, dweight_partial, dx8, scale,
+            M, N, dy.stride(0), x.stride(0), stride_dresidualm, dx.stride(0), 0 if dx8 is None else dx8.stride(0),
+            **tiling,
         )  # fmt: skip
     return dweight_partial.sum(0).to(weight.dtype) if weight_grad else None
 

@@ -9,7 +9,8 @@ Forward, with x, weight, rstd and y as in `rms_norm.py`, x8 and scale as in `fp8
 rstd is one number a row and positive, so one walk along the row finds both its sum of squares and its largest number. y
 itself is never stored: 3 bytes a number move where norm and quantization, apart, move 7.
 
-There is no backward here. That of y8 is taken to be y's, `rms_norm.launch_backward`, which needs x and rstd alone.
+There is no backward here. That of y8 is taken to be y's, `rms_norm.launch_backward`, which needs x and rstd alone, and
+writes dx in FP8 too where that is the next product's factor.
 
 Casts: as in `rms_norm.py`, but y is rounded once, to e4m3.
 """
@@ -21,8 +22,7 @@ import torch
 
 from fastkit.kernels import fp8_rows, rms_norm
 from fastkit.kernels.common import Cost, device_of, fp32, tl, triton
-from fastkit.kernels.fp8_rows import row_scale
-from fastkit.kernels.fp8_scale import FP8, check_fp8
+from fastkit.kernels.fp8_scale import FP8, check_fp8, row_scale
 from fastkit.kernels.rms_norm import row_tiling
 
 
@@ -88,9 +88,16 @@ def launch(x, weight, eps: float, y8, scale, rstd, **tiling) -> None:
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
     """The launches that matter, by name, for `fastkit compile`; meta tensors have a shape and no memory."""
     M, empty = 8192, functools.partial(torch.empty, device="meta")  # 4 sequences of 2,048 tokens
-    return {  # Mistral-7B and Llama-2-7B; Llama-2-13B
+    found = {  # Mistral-7B and Llama-2-7B; Llama-2-13B
         f"norm {M}x{N}": functools.partial(
             launch, empty(M, N, dtype=dtype), empty(N, dtype=dtype), 1e-6, empty(M, N, dtype=FP8), empty(M), empty(M)
         )
         for N in (4096, 5120)
     }
+    for N in (4096, 5120):
+        dy, x, weight = empty(M, N, dtype=dtype), empty(M, N, dtype=dtype), empty(N, dtype=dtype)
+        found[f"backward {M}x{N}"] = functools.partial(
+            rms_norm.launch_backward, dy, x, weight, empty(M), dy, False, x, empty(M),
+            dx8=empty(M, N, dtype=FP8), scale=empty(M),
+        )  # fmt: skip
+    return found

@@ -24,6 +24,9 @@ Saved for the backward: cos, sin and the position ids, the caller's own tensors.
 Casts: every load is converted to fp32 at once and all arithmetic is fp32; a result is rounded once, when it is stored.
 Hugging Face rounds three times, both products and their sum, after rounding cos and sin to the model's dtype: give a
 table in fp32 and the angles are exact too, at little cost: a row is read for eight heads, from memory for the first.
+
+A product in FP8 leaves its rows' scales to its reader (`fp8_rows.py`): given them, the kernel multiplies q and k by
+them as it reads, and v, which is not turned, in the same launch.
 """
 
 import functools
@@ -72,7 +75,7 @@ def reference(
 
 @triton.jit
 def _rotate_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr, scale_ptr, v_ptr,
     T, TABLE_ROWS, Q_HEADS, K_HEADS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_cosb, stride_cost, stride_positionb,
@@ -80,28 +83,64 @@ def _rotate_kernel(
     HALF: tl.constexpr, REST: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program turns BLOCK_H heads of q, or of k, at BLOCK_T tokens of one sequence.
+    """One program turns BLOCK_H heads of q, or of k, at BLOCK_T tokens of one sequence; or scales those of v, in place.
 
     All its reads come before its first write: they are under way together, and the outputs may be the inputs. HALF is
-    the number of pairs in a head; REST numbers behind them are copied.
+    the number of pairs in a head; REST numbers behind them are copied. scale, if it is not None, is [B * T], what a
+    token's numbers are yet to be multiplied by; v, if it is not None, lies as k does.
     """
-    q_groups, blocks_t = tl.cdiv(Q_HEADS, BLOCK_H), tl.cdiv(T, BLOCK_T)
-    groups = q_groups + tl.cdiv(K_HEADS, BLOCK_H)
+    q_groups, k_groups, blocks_t = tl.cdiv(Q_HEADS, BLOCK_H), tl.cdiv(K_HEADS, BLOCK_H), tl.cdiv(T, BLOCK_T)
+    groups = q_groups + (k_groups if v_ptr is None else 2 * k_groups)
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
-    in_k = group >= q_groups
+    in_k, in_v = group >= q_groups, group >= q_groups + k_groups  # in_k: in k or v
     b = (block // blocks_t).to(tl.int64)  # b * stride, like heads * stride, can pass 2**31
     tokens = (block % blocks_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    heads = ((group - tl.where(in_k, q_groups, 0)) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
+    group -= tl.where(in_k, q_groups, 0) + tl.where(in_v, k_groups, 0)
+    heads = (group * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
     pairs = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     in_rows = (heads < tl.where(in_k, K_HEADS, Q_HEADS))[:, None, None] & (tokens < T)[None, :, None]
     mask = in_rows & (pairs < HALF)[None, None, :]
 
     stride_b, stride_h = tl.where(in_k, stride_kb, stride_qb), tl.where(in_k, stride_kh, stride_qh)
     stride_t = tl.where(in_k, stride_kt, stride_qt)
-    rows = _rows(tl.where(in_k, k_ptr, q_ptr), stride_b, stride_h, stride_t, b, heads, tokens)
+    x_ptr, out_ptr = tl.where(in_k, k_ptr, q_ptr), tl.where(in_k, k_out_ptr, q_out_ptr)
+    if v_ptr is not None:
+        x_ptr, out_ptr = tl.where(in_v, v_ptr, x_ptr), tl.where(in_v, v_ptr, out_ptr)
+    rows = _rows(x_ptr, stride_b, stride_h, stride_t, b, heads, tokens)
     x1 = tl.load(rows + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_T, BLOCK_D]
     x2 = tl.load(rows + HALF + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + b * T + tokens, mask=tokens < T, other=0.0)[None, :, None]
+        x1, x2 = x1 * scale, x2 * scale
+    cos, sin = _angles(
+        cos_ptr, sin_ptr, position_ptr, b, tokens, pairs, T, TABLE_ROWS,
+        stride_cosb, stride_cost, stride_positionb, HALF, INVERSE,
+    )  # fmt: skip
 
+    stride_b, stride_h = tl.where(in_k, stride_kob, stride_qob), tl.where(in_k, stride_koh, stride_qoh)
+    stride_t = tl.where(in_k, stride_kot, stride_qot)
+    out_rows = _rows(out_ptr, stride_b, stride_h, stride_t, b, heads, tokens)
+    dtype = q_out_ptr.dtype.element_ty
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    if v_ptr is not None:
+        y1, y2 = tl.where(in_v, x1, y1), tl.where(in_v, x2, y2)
+    tl.store(out_rows + pairs[None, None, :], y1.to(dtype), mask=mask)
+    tl.store(out_rows + HALF + pairs[None, None, :], y2.to(dtype), mask=mask)
+    if REST > 0:
+        rest = tl.arange(0, BLOCK_REST)[None, None, :]  # [1, 1, BLOCK_REST]
+        rest_mask = in_rows & (rest < REST)
+        others = tl.load(rows + 2 * HALF + rest, mask=rest_mask, other=0.0)
+        if scale_ptr is not None:
+            others = (others.to(tl.float32) * scale).to(dtype)
+        tl.store(out_rows + 2 * HALF + rest, others, mask=rest_mask)
+
+
+@triton.jit
+def _angles(
+    cos_ptr, sin_ptr, position_ptr, b, tokens, pairs, T, TABLE_ROWS,
+    stride_cosb, stride_cost, stride_positionb, HALF: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """cos and sin, or -sin if INVERSE, of a sequence's tokens, in fp32: [1, BLOCK_T, BLOCK_D]."""
     positions = tokens
     if position_ptr is not None:
         positions = tl.load(position_ptr + b * stride_positionb + tokens, mask=tokens < T, other=0).to(tl.int64)
@@ -111,20 +150,7 @@ def _rotate_kernel(
     # a position that the table lacks turns what it meets into NaN, which shows; any other number would not
     cos = tl.load(cos_ptr + table, mask=table_mask, other=float("nan")).to(tl.float32)[None, :, :]
     sin = tl.load(sin_ptr + table, mask=table_mask, other=float("nan")).to(tl.float32)[None, :, :]
-    if INVERSE:
-        sin = -sin
-
-    stride_b, stride_h = tl.where(in_k, stride_kob, stride_qob), tl.where(in_k, stride_koh, stride_qoh)
-    stride_t = tl.where(in_k, stride_kot, stride_qot)
-    out_rows = _rows(tl.where(in_k, k_out_ptr, q_out_ptr), stride_b, stride_h, stride_t, b, heads, tokens)
-    dtype = q_out_ptr.dtype.element_ty
-    tl.store(out_rows + pairs[None, None, :], (x1 * cos - x2 * sin).to(dtype), mask=mask)
-    tl.store(out_rows + HALF + pairs[None, None, :], (x2 * cos + x1 * sin).to(dtype), mask=mask)
-    if REST > 0:
-        rest = tl.arange(0, BLOCK_REST)[None, None, :]  # [1, 1, BLOCK_REST]
-        rest_mask = in_rows & (rest < REST)
-        others = tl.load(rows + 2 * HALF + rest, mask=rest_mask, other=0.0)
-        tl.store(out_rows + 2 * HALF + rest, others, mask=rest_mask)
+    return cos, -sin if INVERSE else sin
 
 
 @triton.jit
@@ -144,12 +170,16 @@ def _tiling(q_heads: int, k_heads: int, T: int, half: int) -> dict[str, int]:
     return {"BLOCK_H": BLOCK_H, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
 
 
-def launch(q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = False, **tiling) -> None:
+def launch(
+    q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = False, scale=None, v=None, **tiling
+) -> None:
     """Write q_out and k_out, the rotated q [B, q_heads, T, D] and k [B, k_heads, T, D]; with `inverse`, turned back.
 
     cos, sin      [T, R], [1, T, R] or [B, T, R], with the same strides, where R <= D is even and the second half of
                   each row repeats the first; with position_ids, a table [rows, R]
     position_ids  [1, T] or [B, T], int32 or int64: the table's row for each token
+    scale         [B T], fp32: what each token's numbers are yet to be multiplied by
+    v             shaped and strided as k and k_out, not turned, multiplied by scale in place; only with scale
 
     Any strides will do but those of the last dimensions, of position_ids too, which must be 1. q_out may be q itself,
     and k_out k itself. `tiling` overrides BLOCK_H, BLOCK_T and num_warps. The backward is `inverse` of dq and dk.
@@ -158,12 +188,12 @@ def launch(q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = Fals
     if B * T * D * (q_heads + k_heads) == 0:
         return
     tiling = _tiling(q_heads, k_heads, T, rotary // 2) | tiling
-    rest = 0 if q_out is q and k_out is k else D - rotary
-    groups = sum(-(-heads // tiling["BLOCK_H"]) for heads in (q_heads, k_heads))
+    rest = 0 if q_out is q and k_out is k and scale is None else D - rotary
+    groups = sum(-(-heads // tiling["BLOCK_H"]) for heads in (q_heads, k_heads, 0 if v is None else k_heads))
     grid = (B * -(-T // tiling["BLOCK_T"]) * groups,)
     with device_of(q):
         _rotate_kernel[grid](
-            q, k, cos, sin, position_ids, q_out, k_out,
+            q, k, cos, sin, position_ids, q_out, k_out, scale, v,
             T, cos.shape[-2], q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3],
             _batch_stride(cos, 3), cos.stride(-2), 0 if position_ids is None else _batch_stride(position_ids, 2),
@@ -187,6 +217,10 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
         forward = functools.partial(launch, q, k, cos, sin, torch.empty_like(q), torch.empty_like(k))
         found[f"{q_heads}+{k_heads} heads {B}x{T}"] = forward
     found["packed, in place"] = functools.partial(launch, q, k, cos, sin, q, k, position_ids)
+    scale = torch.empty(B * T, device="meta")
+    found["with v, yet to be scaled"] = functools.partial(
+        launch, q, k, cos, sin, q, k, scale=scale, v=torch.empty_like(k)
+    )
     return found
 
 

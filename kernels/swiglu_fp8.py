@@ -26,8 +26,7 @@ import torch
 
 from fastkit.kernels import fp8_rows, swiglu
 from fastkit.kernels.common import Cost, device_of, tl, triton
-from fastkit.kernels.fp8_rows import row_scale
-from fastkit.kernels.fp8_scale import FP8, check_fp8
+from fastkit.kernels.fp8_scale import FP8, check_fp8, row_scale
 
 
 def cost(M: int, N: int, dtype=torch.bfloat16) -> tuple[Cost, Cost]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cards import needs_fp8
-from compiled import compile_all
+from compiled import compile_all, faults
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +97,26 @@ def test_norm(M, N, tiling, dtype, device):
     torch.testing.assert_close(rstd, torch.rsqrt(x.float().square().mean(1) + 1e-5))
     truth = rms_norm.reference(x.double(), weight.double(), 1e-5)
     check(*rms_norm_fp8.reference(x, weight, 1e-5), truth)
+
+
+@pytest.mark.parametrize("weight_grad", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (5, 7), (3, 33), (70, 100), (2, 5000)])
+def test_norm_backward(M, N, given, weight_grad, dtype, device):
+    """dx8 and scale are, bit by bit, what a pass of its own makes of dx; dx is what it is without them."""
+    dy, residual, x = *(rows(M, N, dtype, device) for _ in range(2)), torch.randn(M, N, device=device).to(dtype)
+    weight, rstd, factor = (
+        torch.randn(N, device=device).to(dtype),
+        torch.rand(M, device=device),
+        factors(M, given, device),
+    )
+    plain, dx, (dx8, scale) = torch.empty_like(x), dy.clone(), empty(M, N, device)
+    rms_norm.launch_backward(dy, x, weight, rstd, plain, weight_grad, residual, factor)
+    rms_norm.launch_backward(dx, x, weight, rstd, dx, weight_grad, residual, factor, dx8=dx8, scale=scale)
+    their_x8, their_scale = empty(M, N, device)
+    fp8_rows.launch(dx, their_x8, their_scale)
+    assert torch.equal(dx, plain)
+    assert torch.equal(scale, their_scale) and torch.equal(dx8.view(torch.uint8), their_x8.view(torch.uint8))
 
 
 # --- by SwiGLU
@@ -206,6 +226,9 @@ def test_compiled_code(arch):
         assert loads == {"ld.global.128": loads["ld.global.128"]} | factors
         if once:  # 16 numbers a thread; the norm's weights too
             assert made.instructions["ld.global.128"] == once
+    for name in ("backward 8192x4096", "backward 8192x5120"):
+        (made,) = compile_all(rms_norm_fp8.examples()[name], arch)
+        assert not faults(made, narrow=3)  # rstd, factor, scale
 
 
 def test_costs():

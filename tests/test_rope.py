@@ -171,6 +171,26 @@ def test_in_place(packed, rest, dtype, device):
     assert torch.equal(q, out_of_place[0]) and torch.equal(k, out_of_place[1])
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("k_heads", "rest", "packed"), [(2, 0, False), (8, 0, True), (1, 5, False), (3, 6, True)])
+def test_tokens_yet_to_be_multiplied_in_place(k_heads, rest, packed, inverse, dtype, device):
+    """Bits of the passes in fp32 apart: multiply, turn, round. v, read and written beside k, is only multiplied."""
+    B, T, D, sizes = 2, 5, 32 + rest, (8, k_heads, k_heads)
+    qkv = torch.randn(B, T, sum(sizes) * D, device=device).to(dtype)
+    scale, (cos, sin) = torch.rand(B * T, device=device) + 0.5, table(9 if packed else T, 32, device)
+    position_ids = torch.randint(0, 9, (B, T), device=device) if packed else None
+
+    def heads(x):
+        return [part.unflatten(2, (-1, D)).transpose(1, 2) for part in x.split([n * D for n in sizes], 2)]
+
+    q, k, v = heads(qkv.float() * scale.view(B, T, 1))
+    module.launch(q, k, cos, sin, q, k, position_ids, inverse)
+    expected = [x.to(dtype) for x in (q, k, v)]
+    q, k, v = heads(qkv)
+    module.launch(q, k, cos, sin, q, k, position_ids, inverse, scale=scale, v=v)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), expected, strict=True))
+
+
 def test_in_place_on_the_cpu_in_bfloat16():
     q, k = inputs(1, 2, 1, 3, 8, torch.bfloat16, "cpu")
     cos, sin = table(3, 8, "cpu")

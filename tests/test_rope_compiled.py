@@ -41,6 +41,12 @@ def test_compiled_code_of_other_models(sizes, dtype):
     assert not faults(compiled, narrow=2)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+def test_compiled_code_that_multiplies(arch):
+    (compiled,) = compile_all(module.examples()["with v, yet to be scaled"], arch)
+    assert not faults(compiled, narrow=3)
+
+
 def test_one_number_compiles():
     """Triton makes constants of arguments that are 1."""
     assert len(compile_all(lambda: launches(torch.bfloat16, 1, 1, 2), "sm_90")) == 1

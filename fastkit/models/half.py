@@ -4,25 +4,39 @@ What a half keeps hangs on the half itself, not in autograd's saved tensors. So 
 to let go: gate and up are overwritten by their gradients, and nothing outlives the layer's backward. And the
 saved-tensor hooks of others stay out of it: under transformers' gradient checkpointing nothing of a half is computed a
 second time but what its plan says.
+
+In FP8 a half's dx is needed twice by the half that gets it: as it is, and in FP8 for a product. The norm's kernel has
+its rows in hand and writes both; the second waits, by a weak reference, for whoever is called with the first as it was.
+A sum with other gradients, or what a hook made of it, is another tensor or another version, and is quantized anew.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastkit.kernels.fp8_scale import FP8
+from fastkit.kernels.rms_norm import MAX_BLOCK_N
+from fastkit.models import pieces
 from fastkit.models.keeping import Keeper, Kept
 from fastkit.models.plans import Plan
+from fastkit.models.projection import Group
+
+_written = WeakTensorKeyDictionary()  # by a half's dx: (its version, itself in FP8)
 
 
 class Half:
     """One pass of half a layer through forward and backward. x and y are [M, K], of one dtype.
 
     keeper and kept   where what the plan keeps goes, and what went there
+    dy8 and dx8       dy and dx in FP8, where they were written
     """
 
-    norm: "pieces.Norm"  # noqa: F821  of the half's input
+    norm: pieces.Norm  # of the half's input
     plan: Plan
     keeper: Keeper
     kept: Kept | None = None
+    dy8: pieces.FP8Rows | None = None
+    dx8: pieces.FP8Rows | None = None
 
     def parameters(self) -> list[torch.Tensor]:
         """The adapters' A and B, in the order of the last of what `backward` returns."""
@@ -46,6 +60,17 @@ class Half:
     def keep(self, **tensors: torch.Tensor) -> None:
         self.kept = self.keeper.keep(tensors, self.plan.offload)
 
+    def to_multiply(self, dy: torch.Tensor) -> torch.Tensor | pieces.FP8Rows:
+        """dy [M, K], in FP8 if it was written; for one product."""
+        dy8, self.dy8 = self.dy8, None
+        return dy if dy8 is None else dy8
+
+    def room(self, x: torch.Tensor, group: Group) -> pieces.FP8Rows | None:
+        """Where dx is to be written in FP8 too; None where products take it otherwise, or in parts."""
+        fits = x.dtype == group.dtype and x.shape[1] <= MAX_BLOCK_N and self.plan.chunks == 1
+        self.dx8 = pieces.FP8Rows.empty(*x.shape, x.device) if group.factors == FP8 and fits else None
+        return self.dx8
+
 
 class _Function(torch.autograd.Function):
     @staticmethod
@@ -64,6 +89,14 @@ class _Function(torch.autograd.Function):
                 "unpatch the model"
             )
         _, x_grad, weight_grad, *needed = ctx.needs_input_grad
+        version, dy8 = _written.pop(dy, (None, None))
+        half.dy8 = dy8 if version == dy._version and half.plan.chunks == 1 else None
+        del dy8
         with torch.autocast(dy.device.type, enabled=False):
             dx, dweight, gradients = half.backward(dy.reshape(-1, dy.shape[-1]), x_grad, weight_grad, needed)
-        return None, None if dx is None else dx.view(ctx.shape), dweight, *gradients
+        if dx is None:
+            return None, None, dweight, *gradients
+        dx = dx.view(ctx.shape)
+        if half.dx8 is not None:
+            _written[dx] = dx._version, half.dx8
+        return None, dx, dweight, *gradients

@@ -13,12 +13,13 @@ backward writes the weight anew, as V8 [K, N] = W8.T, of the same scale:
 Weights below each other in W lie side by side in V.
 
 The product itself is scaled by sw alone: with a scale a row torch takes CUTLASS's kernel in place of cuBLAS's, which
-loses on long sums (pytorch/pytorch issue 153809). sx waits for whoever reads y. SwiGLU, its backward and the norms'
-multiply by it as they read, and where a residual is added, so does that pass; q, k, v, and the gradients of attention's
-output take one, in place.
+loses on long sums (pytorch/pytorch issue 153809). sx waits for whoever reads y. SwiGLU, its backward, the norms' and
+RoPE, which takes v too, multiply by it as they read, and where a residual is added, so does that pass; q, k and v with
+norms or a bias, and the gradients of attention's output, take one, in place.
 
-Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU and its backward. The attention's output, its
-gradients in q, k and v, and those of both halves' outputs take a pass of their own.
+Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU, and the backward of both; that of the norm
+for the half that gets the gradient, beside it (`half.py`). The attention's output, its gradients in q, k and v, and the
+gradient that the last layer gets take a pass of their own.
 
 The adapters' gradients come of x and dy in the compute dtype, as in `projection.py`; so do norms and attention.
 
