@@ -188,11 +188,12 @@ def _columns_kernel(t_desc, f_desc, yb_ptr, M, C, splits, units, each, width, PL
 
 @triton.jit(do_not_specialize=["M", "blocks0", "blocks1", "blocks2", "adapters"])
 def _terms_kernel(
-    yb_ptr, z_ptr,
+    yb_ptr, z_ptr, rstd_ptr,
     M, blocks0, blocks1, blocks2, adapters,
     R: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK numbers of an adapter's z, both terms: the sum of its parts of yb [parts, M, R]."""
+    """One program writes BLOCK numbers of an adapter's z, both terms: the sum of its parts of yb [parts, M, R], times
+    rstd [M], if it is not None."""
     programs = tl.cdiv(M * PADDED, BLOCK)
     i = tl.program_id(0) // programs
     numbers = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -205,6 +206,8 @@ def _terms_kernel(
         part = (start + tl.arange(0, BLOCK_P)).to(tl.int64)  # [BLOCK_P]
         tile_mask = (part < parts)[:, None] & mask[None, :]
         total += tl.sum(tl.load(from_ptr[None, :] + part[:, None] * M * R, mask=tile_mask, other=0.0), axis=0)
+    if rstd_ptr is not None:
+        total *= tl.load(rstd_ptr + row, mask=row < M, other=0.0)
     rounded = total.to(z_ptr.dtype.element_ty)
     to_ptr = z_ptr + (row * adapters + i) * 2 * PADDED + col
     tl.store(to_ptr, rounded, mask=row < M)
@@ -282,30 +285,34 @@ def launch_rows(
     return yz, yb, blocks
 
 
-def launch_terms(yb, blocks: Sequence[int], dtype: torch.dtype, **tiling) -> torch.Tensor:
-    """z [M, adapters, 2, PADDED] of `dtype`: the sums of yb's parts, of which each adapter has blocks[i]."""
+def launch_terms(yb, blocks: Sequence[int], dtype: torch.dtype, rstd=None, **tiling) -> torch.Tensor:
+    """z [M, adapters, 2, PADDED] of `dtype`: the sums of yb's parts, of which each adapter has blocks[i], times rstd
+    [M], fp32, if that is given."""
     _, M, R = yb.shape
     tiling = {"BLOCK": 256, "BLOCK_P": 8, "num_warps": 2} | tiling
     z = torch.empty(M, len(blocks), 2, padded_rank(R), dtype=dtype, device=yb.device)
     with device_of(yb):
         _terms_kernel[(len(blocks) * -(-M * z.shape[3] // tiling["BLOCK"]),)](
-            yb, z, M, *blocks, *[0] * (TENSORS - len(blocks)), len(blocks), R=R, PADDED=z.shape[3], **tiling
+            yb, z, rstd, M, *blocks, *[0] * (TENSORS - len(blocks)), len(blocks), R=R, PADDED=z.shape[3], **tiling
         )
     return z
 
 
-def launch(x, dys, A, B) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dA_parts [.., n * R, K], dB_parts [.., N, R]), fp32, not yet times the scaling, given what `takes` accepts."""
+def launch(x, dys, A, B, rstd=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dA_parts [.., n * R, K], dB_parts [.., N, R]), fp32, not yet times the scaling, given what `takes` accepts.
+
+    With rstd [M] the input is rstd * x * weight, see lora.py; A is times weight already, dA_parts not yet.
+    """
     n, R, dtype = len(dys), B.shape[1], x.dtype
     if n == 1 and x.shape[1] > dys[0].shape[1]:
-        dyB = launch_terms(*launch_columns(dys[0], B, 1, f_rows=True), dtype)
+        dyB = launch_terms(*launch_columns(dys[0], B, 1, f_rows=True), dtype, rstd)
         dA_parts, xA_parts, blocks = launch_rows([x], dyB, R, [A], transposed=True)
-        xA = launch_terms(xA_parts, blocks, dtype)
+        xA = launch_terms(xA_parts, blocks, dtype, rstd)
         return dA_parts, launch_rows(dys, xA, R)[0]
-    xA = launch_terms(*launch_columns(x, A, n, f_rows=False), dtype)
+    xA = launch_terms(*launch_columns(x, A, n, f_rows=False), dtype, rstd)
     Bs = B.split([dy.shape[1] for dy in dys])
     dB_parts, dyB_parts, blocks = launch_rows(dys, xA, R, Bs, f_rows=True)
-    dyB = launch_terms(dyB_parts, blocks, dtype)
+    dyB = launch_terms(dyB_parts, blocks, dtype, rstd)
     return launch_rows([x], dyB, R, transposed=True)[0], dB_parts
 
 

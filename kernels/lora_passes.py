@@ -3,6 +3,7 @@
 The parts are added in the order of their numbers: no atomics, the same bits every time. An intermediate result of a
 16-bit x is written as the sum of `terms` = 2 numbers of x's dtype, the rounded one and what rounding lost; of an fp32
 one as it is, terms = 1. So it goes from memory to the tensor cores as it lies there, without a detour by registers.
+Where there is rstd, it is multiplied before that, in fp32.
 
 On sm_90 the parts of what lora_hopper.py takes are its own.
 """
@@ -50,12 +51,12 @@ def _store_terms(ptr, stride_t, number, mask, TERMS: tl.constexpr):
 
 @triton.jit
 def _project_kernel(
-    x_ptr, a_ptr, xa_ptr,
+    x_ptr, a_ptr, xa_ptr, rstd_ptr,
     M, K, R, stride_xm, stride_ar, stride_ak, stride_xat, stride_xam,
     TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_R columns of BLOCK_M rows of x @ A.T. Those that share rows are neighbours."""
+    """One program writes BLOCK_R columns of BLOCK_M rows of rstd * x @ A.T. Those that share rows are neighbours."""
     blocks_r = tl.cdiv(R, BLOCK_R)
     rows = (tl.program_id(0) // blocks_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]; * stride: 2**31
     r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -66,6 +67,8 @@ def _project_kernel(
         x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=x_mask, other=0.0)
         a = tl.load(a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ak, mask=a_mask, other=0.0)
         xa = _dot(x, tl.trans(a), xa, PRECISION)
+    if rstd_ptr is not None:
+        xa *= tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
     mask = (rows < M)[:, None] & (r < R)[None, :]
     _store_terms(xa_ptr + rows[:, None] * stride_xam + r[None, :], stride_xat, xa, mask, TERMS)
 
@@ -129,34 +132,39 @@ def _sum(parts_ptr, numbers, mask, size, parts, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _add_columns_kernel(
-    yb_ptr, dyb_ptr,
+    yb_ptr, dyb_ptr, rstd_ptr,
     size, blocks0, blocks1, blocks2, stride_t, stride_m,
     R: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK of the `size` = M * R numbers of one adapter's dyB, the sum of its blocks of yb."""
+    """One program writes BLOCK of the `size` = M * R numbers of one adapter's dyB: rstd times the sum of its blocks."""
     programs = tl.cdiv(size, BLOCK)
     i = (tl.program_id(0) // programs).to(tl.int32)  # the adapter
     numbers = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = numbers < size
     first = _pick(i, 0, blocks0, blocks0 + blocks1).to(tl.int64)
     total = _sum(yb_ptr + first * size, numbers, mask, size, _pick(i, blocks0, blocks1, blocks2), BLOCK_P)
+    if rstd_ptr is not None:
+        total *= tl.load(rstd_ptr + numbers // R, mask=mask, other=0.0)
     _store_terms(dyb_ptr + numbers // R * stride_m + i * R + numbers % R, stride_t, total, mask, TERMS)
 
 
 @triton.jit
 def _add_rows_kernel(
-    da_parts_ptr, db_parts_ptr, da_ptr, db_ptr,
-    da_size, db_size, da_parts, db_parts, da_each, db_end0, db_end1, scaling0, scaling1, scaling2,
+    da_parts_ptr, db_parts_ptr, da_ptr, db_ptr, weight_ptr,
+    K, da_size, db_size, da_parts, db_parts, da_each, db_end0, db_end1, scaling0, scaling1, scaling2,
     BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK numbers of dA or of dB: the sum of its parts, times the scaling of their adapter.
 
-    An adapter has da_each numbers of dA; of dB the first's end at db_end0 and the second's at db_end1.
+    An adapter has da_each numbers of dA, rows of K, whose columns are multiplied by weight, if it is not None; of dB
+    the first's end at db_end0 and the second's at db_end1.
     """
     programs = tl.cdiv(da_size, BLOCK)
     if tl.program_id(0) < programs:
         numbers = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         total = _sum(da_parts_ptr, numbers, numbers < da_size, da_size, da_parts, BLOCK_P)
+        if weight_ptr is not None:
+            total *= tl.load(weight_ptr + numbers % K).to(tl.float32)
         scaling = _pick(numbers // da_each, fp32(scaling0), fp32(scaling1), fp32(scaling2))
         tl.store(da_ptr + numbers, (scaling * total).to(da_ptr.dtype.element_ty), mask=numbers < da_size)
     else:
@@ -178,8 +186,8 @@ def _block_r(R: int, itemsize: int) -> int:
     return min(128 // itemsize, max(16, 1 << (R - 1).bit_length()))
 
 
-def launch_project(x, A, xA, **tiling) -> None:
-    """Write xA [terms, M, R] = x @ A.T, given x [M, K], rows any stride apart, and A [R, K] of any strides.
+def launch_project(x, A, xA, rstd=None, **tiling) -> None:
+    """Write xA [terms, M, R] = x @ A.T, times rstd [M] if given; x [M, K] has any row stride, A [R, K] any strides.
 
     `tiling` overrides BLOCK_M, BLOCK_K, BLOCK_R, num_warps and num_stages.
     """
@@ -202,7 +210,7 @@ def launch_project(x, A, xA, **tiling) -> None:
     grid = (-(-M // tiling["BLOCK_M"]) * -(-R // tiling["BLOCK_R"]),)
     with device_of(x):
         _project_kernel[grid](
-            x, A, xA, M, K, R, x.stride(0), A.stride(0), A.stride(1), xA.stride(0), xA.stride(1),
+            x, A, xA, rstd, M, K, R, x.stride(0), A.stride(0), A.stride(1), xA.stride(0), xA.stride(1),
             TERMS=xA.shape[0], PRECISION=precision, **tiling,
         )  # fmt: skip
 
@@ -270,50 +278,53 @@ def launch_reduce(
     return yz, yb, blocks
 
 
-def launch_add_columns(yb, blocks: Sequence[int], dyB, **tiling) -> None:
-    """Write dyB [terms, M, n * R], given yb and blocks as of `launch_reduce` for n ys."""
+def launch_add_columns(yb, blocks: Sequence[int], dyB, rstd=None, **tiling) -> None:
+    """Write dyB [terms, M, n * R], given yb and blocks as of `launch_reduce` for n ys; rstd as of launch_project."""
     _, M, R = yb.shape
     tiling = {"BLOCK": 256, "BLOCK_P": 8, "num_warps": 2} | tiling
     with device_of(yb):
         _add_columns_kernel[(len(blocks) * -(-M * R // tiling["BLOCK"]),)](
-            yb, dyB, M * R, *blocks, *[0] * (GROUP - len(blocks)), dyB.stride(0), dyB.stride(1),
+            yb, dyB, rstd, M * R, *blocks, *[0] * (GROUP - len(blocks)), dyB.stride(0), dyB.stride(1),
             R=R, TERMS=dyB.shape[0], **tiling,
         )  # fmt: skip
 
 
-def launch_add_rows(dA_parts, dB_parts, dA, dB, Ns: Sequence[int], scalings: Sequence[float], **tiling) -> None:
-    """Write dA [n * R, K] and dB [N, R] of n adapters with N_i outputs, given their parts [splits, ...]."""
+def launch_add_rows(dA_parts, dB_parts, dA, dB, Ns, scalings: Sequence[float], weight=None, **tiling) -> None:
+    """Write dA [n * R, K], times weight [K] if given, and dB [N, R] of n adapters, given their parts [splits, ...]."""
     n, R = len(Ns), dB.shape[1]
     tiling = {"BLOCK": 256, "BLOCK_P": 8, "num_warps": 2} | tiling
     ends = [sum(Ns[: i + 1]) * R for i in range(GROUP - 1)]
     with device_of(dA):
         _add_rows_kernel[(-(-dA.numel() // tiling["BLOCK"]) - (-dB.numel() // tiling["BLOCK"]),)](
-            dA_parts, dB_parts, dA, dB,
-            dA.numel(), dB.numel(), dA_parts.shape[0], dB_parts.shape[0], dA.numel() // n, *ends,
+            dA_parts, dB_parts, dA, dB, weight,
+            dA.shape[1], dA.numel(), dB.numel(), dA_parts.shape[0], dB_parts.shape[0], dA.numel() // n, *ends,
             *map(float, scalings), *[0.0] * (GROUP - n), **tiling,
         )  # fmt: skip
 
 
-def launch(x, dys, A, B, scalings, dA, dB) -> None:
+def launch(x, dys, A, B, scalings, dA, dB, rstd=None, weight=None) -> None:
     """Write dA and dB, like A [n * R, K] and B [N, R] in shape, which stack those of n adapters, up to GROUP.
 
     x [M, K] and dys[i] [M, N_i] are of one dtype, N is the sum of N_i; all have neighbours in their rows.
+    With rstd [M], fp32, and weight [K] the input is rstd * x * weight, see lora.py.
     """
+    if weight is not None:
+        A = torch.mul(A, weight, out=torch.empty_like(A, dtype=torch.promote_types(A.dtype, x.dtype)))
     R, Ns = B.shape[1], [dy.shape[1] for dy in dys]
     if lora_hopper.takes(architecture(x.device), x, dys, A, B):
-        launch_add_rows(*lora_hopper.launch(x, dys, A, B), dA, dB, Ns, scalings)
+        launch_add_rows(*lora_hopper.launch(x, dys, A, B, rstd), dA, dB, Ns, scalings, weight)
         return
     terms, dtype = (2, x.dtype) if x.element_size() == 2 else (1, torch.float32)
     xA, dyB = torch.empty(2, terms, x.shape[0], A.shape[0], dtype=dtype, device=x.device)
-    launch_project(x, A, xA)
+    launch_project(x, A, xA, rstd)
     fused = R <= FUSED_RANK
     dB_parts, dyB_parts, blocks = launch_reduce(dys, xA, B if fused else None)
     if fused:
-        launch_add_columns(dyB_parts, blocks, dyB)
+        launch_add_columns(dyB_parts, blocks, dyB, rstd)
     else:
         for i, (dy, rows) in enumerate(zip(dys, B.split(Ns), strict=True)):
-            launch_project(dy, rows.T, dyB[:, :, i * R : (i + 1) * R])
-    launch_add_rows(launch_reduce([x], dyB, transposed=True)[0], dB_parts, dA, dB, Ns, scalings)
+            launch_project(dy, rows.T, dyB[:, :, i * R : (i + 1) * R], rstd)
+    launch_add_rows(launch_reduce([x], dyB, transposed=True)[0], dB_parts, dA, dB, Ns, scalings, weight)
 
 
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:

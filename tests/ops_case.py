@@ -58,12 +58,13 @@ def _losses(device, dtype, rows) -> dict[str, Case]:
     labels = torch.randint(0, 100, (rows,), device=device)
     labels[::5] = -100
     head = (draw(rows, 64), draw(100, 64) / 8, labels)
-    adapter = (draw(rows, 64), draw(rows, 48), draw(8, 64), draw(48, 8))
+    adapter = (draw(rows, 64), draw(rows, 48), draw(8, 64), draw(48, 8), torch.rand(rows, device=device), draw(64))
     param, state = torch.randn(1000, device=device), State.zeros(torch.empty(1000, device=device))
 
-    def lora_gradients(x, dy, A, B):
-        (dA,), (dB,) = ops.lora_gradients(x, [dy], [A], [B], [0.5])
-        return dA, dB
+    def lora_gradients(x, dy, A, B, rstd, weight):
+        given = x, [dy], [A], [B], [0.5]
+        found = ops.lora_gradients(*given), ops.lora_gradients(*given, rstd=rstd, weight=weight)
+        return tuple(gradient for dAs, dBs in found for gradient in (*dAs, *dBs))
 
     def adamw(param, grad):
         param, step, *moments = (x.detach().clone() for x in (param, state.step, state.state1, state.state2))

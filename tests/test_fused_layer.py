@@ -252,9 +252,9 @@ def test_autocast_sets_the_dtype_of_products(folder, references, dtype, monkeypa
     """And of the adapters: of the copies that are merged into the weights come their gradients too."""
     given, real = [], projection.lora_gradients
 
-    def seen(x, dys, As, Bs, *rest):
+    def seen(x, dys, As, Bs, *rest, **options):
         given.extend((*As, *Bs))
-        return real(x, dys, As, Bs, *rest)
+        return real(x, dys, As, Bs, *rest, **options)
 
     monkeypatch.setattr(projection, "lora_gradients", seen)
     model, (x, dy) = model_of(folder, quantize=False), inputs(B=1, T=6)
@@ -301,6 +301,19 @@ def test_no_product_is_computed_again_that_is_not_needed(folder, references, pla
         patcher.setattr(pieces, "attend", lambda *args: attends.append(1) or pieces_attend(*args))
         run_layer(model, *inputs())
     assert len(attends) == (2 if plan == "recompute-all" else 1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "dropout", "again"),
+    [("keep", 0.0, 0), ("recompute-mlp", 0.0, 1), ("recompute-mlp-qkv", 0.0, 2), ("keep", 0.5, 2)],
+)
+def test_no_norm_is_computed_again_but_for_a_product_or_dropout(
+    folder, references, plan, dropout, again, monkeypatch
+):  # fmt: skip
+    norms, norm = [], pieces.norm
+    monkeypatch.setattr(pieces, "norm", lambda *args: norms.append(1) or norm(*args))
+    run_layer(fused(model_of(folder, dropout=dropout), plan), *inputs())
+    assert len(norms) == 2 + again
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from compiled import compile_all
-from test_lora_gradients import check, inputs
+from test_lora_gradients import check, inputs, normed
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import lora, lora_hopper, lora_hopper_parts, lora_passes
@@ -33,12 +33,16 @@ def on_hopper(monkeypatch):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
 
 
-def launcher(M=300, K=256, Ns=(512,), r=16, dtype=torch.bfloat16, adapter=None, x=None, A=None, device="meta"):
+def launcher(
+    M=300, K=256, Ns=(512,), r=16, dtype=torch.bfloat16, adapter=None, x=None, A=None, device="meta", weight=None
+):  # fmt: skip
     x = torch.empty(M, K, dtype=dtype, device=device) if x is None else x
     dys = [torch.empty(M, size, dtype=dtype, device=device) for size in Ns]
     A = torch.empty(len(Ns) * r, K, dtype=adapter or dtype, device=device) if A is None else A
     B = torch.empty(sum(Ns), r, dtype=adapter or dtype, device=device)
     given = x, dys, A, B, [2.0] * len(Ns), torch.empty_like(A), torch.empty_like(B)
+    if weight is not None:
+        given += torch.empty(M, device=device), torch.empty(K, dtype=weight, device=device)
     return functools.partial(lora_passes.launch, *given)
 
 
@@ -58,6 +62,7 @@ def named(case: dict) -> str:
     "case",
     [
         {}, {"r": 8}, {"r": 24}, {"r": 32, "Ns": (512, 64, 72)}, {"M": 1}, {"M": 333, "K": 136, "Ns": (200,)},
+        {"weight": torch.bfloat16}, {"weight": torch.float32, "Ns": (512, 64)},
         {"dtype": torch.float16}, {"x": torch.empty(300, 264, dtype=torch.bfloat16, device="meta")[:, :256]},
         {"x": torch.empty(300, 264, dtype=torch.bfloat16)[:, :256], "device": "cpu"},
         {"x": torch.empty(300, 264, dtype=torch.bfloat16, device="meta")[:, :253], "K": 253,
@@ -137,7 +142,8 @@ def test_the_binary_does_not_hang_on_the_number_of_rows(on_hopper):
     [(300, 256, [512], 16, 5), (260, 304, [136], 16, 8), (333, 456, [296, 80, 1000], 8, 7), (1, 136, [128], 32, 9),
      (700, 200, [152, 304], 24, 6), (200, 136, [3000], 16, 2), (1300, 72, [64], 8, 2)],
 )  # fmt: skip
-def test_kernels_in_python(M, K, Ns, r, sms, on_hopper, monkeypatch):
+@pytest.mark.parametrize("of_norm", [False, True], ids=["x", "norm of x"])
+def test_kernels_in_python(M, K, Ns, r, sms, of_norm, on_hopper, monkeypatch):
     """Simulated, each number is written once, nothing is read before it came, no one waits for ever."""
     from simulated import Descriptor, Simulated
 
@@ -151,8 +157,11 @@ def test_kernels_in_python(M, K, Ns, r, sms, on_hopper, monkeypatch):
     dys = [*stacked[:, : sum(Ns)].split(Ns, 1)]  # far apart, and neighbours beyond their ends
     A, B = torch.cat(As), torch.cat(Bs)
     assert lora_hopper.takes("sm_90", x, dys, A, B)
-    found = [parts.double().sum(0) for parts in lora_hopper.launch(x, dys, A, B)]
-    truth = lora.reference(x.double(), *([t.double() for t in ts] for ts in (dys, As, Bs)), ones)
+    x, norm = normed(x) if of_norm else (x, {"rstd": None})
+    norm["weight"] = torch.ones(K) if of_norm else None  # A and dA are multiplied by it elsewhere
+    found = [parts.double().sum(0) for parts in lora_hopper.launch(x, dys, A, B, norm["rstd"])]
+    wide = x.double(), *([t.double() for t in ts] for ts in (dys, As, Bs)), ones
+    truth = lora.reference(*wide, **norm)
     for ours, true in zip(found, truth, strict=True):
         true = torch.cat(true)
         assert (ours - true).abs().max() <= 2e-6 * true.abs().max()  # two terms have 22 bits, fp32 sums 24
@@ -164,10 +173,11 @@ CASES = [(4096, (4096, 1024, 1024), 16), (4096, (14336, 14336), 8), (14336, (409
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiled_code(case, dtype, on_hopper):
+@pytest.mark.parametrize("of_norm", [False, True], ids=["x", "norm of x"])
+def test_compiled_code(case, dtype, of_norm, on_hopper):
     """Tiles come by TMA and nothing by the lanes; both terms are multiplied at once, as columns; nothing spills."""
     K, Ns, r = case
-    made = compile_all(launcher(8192, K, Ns, r, dtype), "sm_90")
+    made = compile_all(launcher(8192, K, Ns, r, dtype, weight=dtype if of_norm else None), "sm_90")
     for compiled in made:
         assert not misfit(compiled) and compiled.spilled_bytes == 0
         if compiled.kernel in ("_rows_kernel", "_columns_kernel"):
@@ -220,13 +230,17 @@ def assert_taken(x, dys, As, Bs):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("programs", [3, 132])
-def test_on_a_gpu(shape, dtype, programs, device, few_rows_too, monkeypatch):
+@pytest.mark.parametrize("of_norm", [False, True], ids=["x", "norm of x"])
+def test_on_a_gpu(shape, dtype, programs, of_norm, device, few_rows_too, monkeypatch):
     monkeypatch.setattr(lora_hopper, "sm_count", lambda device: programs)
     M, K, Ns, r = shape
     x, _, As, Bs, scalings = inputs(M, K, Ns, [r] * len(Ns), dtype, device)
     dys = [*torch.randn(M, sum(Ns) + 24, device=device).to(dtype)[:, 16:-8].split(Ns, 1)]
     assert_taken(x, dys, As, Bs)
-    check(x, dys, As, Bs, scalings)
+    x, norm = normed(x) if of_norm else (x, {})
+    if of_norm:  # by powers of two A is multiplied exactly, and no luck is needed
+        norm["weight"] = torch.exp2(torch.randint(-2, 3, (K,), device=device)).to(dtype)
+    check(x, dys, As, Bs, scalings, **norm)
 
 
 @pytest.mark.gpu

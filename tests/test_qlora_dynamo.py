@@ -38,6 +38,7 @@ trace(lambda x: nf4_matvec.nf4_matvec(x, weight), x)
 trace(lambda A, B: merged_dequantize.merged_dequantize(weight, A, B, 2.0), A, B)
 trace(lambda A, B: merged_dequantize.merged_dequantize_fp8(weight, torch.ones(64), A, B, 2.0), A, B)
 trace(lora.lora_gradients, x, [x[:, :64]], [A], [B], [2.0])
+trace(lambda rstd: lora.lora_gradients(x, [x[:, :64]], [A], [B], [2.0], rstd=rstd, weight=x[0]), torch.ones(5))
 """
 
 
@@ -50,4 +51,4 @@ def test_one_graph_each():
         text=True,
         env=environment,
     )
-    assert child.stdout.split() == ["1", "1", "1", "1", "1", "5"], child.stderr
+    assert child.stdout.split() == ["1", "1", "1", "1", "1", "5", "5"], child.stderr

@@ -16,11 +16,11 @@ Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and thro
     dq, dk, dv = do through the attention  from q, k, v, o and lse, written into one buffer [M, N]
     dq, dk     = turned back               RoPE's backward
     dq, dk     = through their norms       in Qwen3 alone
-    dn         = [dq dk dv] @ W_qkv        the adapters of q, k and v: from n and [dq dk dv]
+    dn         = [dq dk dv] @ W_qkv        q's, k's and v's adapters: from x, rstd and [dq dk dv]
     dx         = dn through the norm + dy  the norm's kernel adds dy; written over dn
 
-What the backward reads is x, rstd, q, k, v, o, lse, and n, which is computed again from x. y is in none of it, so o's
-projection is computed again only where the plan keeps nothing but x, and y is the other half's input: see `again`.
+What the backward reads is x, rstd, q, k, v, o and lse. y is in none of it, so o's projection is computed again only
+where the plan keeps nothing but x, and y is the other half's input: see `again`.
 
 Kept: x and rstd; q, k and v unless the plan computes them again, by one product; o and lse unless it attends again. q,
 k and v are kept as attention reads them; where they have norms, as these read them, and turned anew. W_qkv, written to
@@ -92,19 +92,19 @@ class AttentionHalf(Half):
         of_qkv, of_o = needed[: len(self.qkv.parameters())], needed[len(self.qkv.parameters()) :]
         dy_c = dy.to(self.o.dtype)
         inner = x_grad or weight_grad or any(of_qkv)
-        turned, W = qkv is not None and self.qk_norms is None, None  # kept, with RoPE applied
+        W = None
         if inner or attended is None:
             if qkv is None:
                 W = self.qkv.weight_both_ways() if self.plan.holds and (x_grad or weight_grad) else None
                 qkv, _ = self._project(x, W)
-            q, k, v = self._split(qkv) if turned else self._heads(qkv)
+            q, k, v = self._heads(qkv)
             if attended is None:  # the other half did not ask for `again`
                 attended = pieces.attend(q, k, v, self.options)
         o_gradients = self.o.gradients(self._flat(attended.o), dy_c, of_o)
         if not inner:
             return None, None, [None] * len(of_qkv) + o_gradients
 
-        do = self._per_head(self.o.input_gradient(dy_c))
+        do = self._per_head(self.o.input_gradient(self.to_multiply(dy_c)))
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = self._split(dqkv)
         pieces.attend_backward(do, q, k, v, attended, self.options, dq, dk, dv, self.table)
@@ -113,28 +113,31 @@ class AttentionHalf(Half):
             self._through_qk_norms(dqkv, qkv)
         del qkv
 
-        gradients = [None] * len(of_qkv)
-        if any(of_qkv):
-            n, _ = pieces.norm(x, self.norm, self.qkv.dtype)
-            gradients = self.qkv.gradients(n, dqkv, of_qkv)
-            del n
+        gradients = self.qkv.gradients(pieces.Normed(x, self.norm, self.rstd), dqkv, of_qkv)
         dx = dweight = None
         if x_grad or weight_grad:
             dn = self.qkv.input_gradient(dqkv, W, unscaled=True)
             del dqkv, dq, dk, dv, W
-            dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad)
+            dx8 = self.room(x, self.qkv) if x_grad else None
+            dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad, dx8)
         return dx if x_grad else None, dweight, gradients + o_gradients
 
     def _project(self, x: torch.Tensor, W: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q, k and v [M, N] as they are kept: turned already where they have no norms, rstd [M])."""
         n, rstd = pieces.norm(x, self.norm, self.qkv.factors)
-        return self.qkv.forward(n, W=W), rstd
+        if self.qk_norms is not None:
+            return self.qkv.forward(n, W=W), rstd
+        qkv, scale = pieces.apart(self.qkv.forward(n, W=W, unscaled=True))
+        q, k, v = self._split(qkv)
+        pieces.rotate_(q, k, *self.table, scale=scale, v=v)
+        return qkv, rstd
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q, k and v [B, heads, T, D] as attention reads them: turned in place, or normed and turned beside qkv."""
+        """q, k and v [B, heads, T, D] as attention reads them: where they have norms, normed and turned beside qkv."""
         q, k, v = self._split(qkv)
         if self.qk_norms is not None:
             q, k = (self._normed(x, norm)[0] for x, norm in zip((q, k), self.qk_norms, strict=True))
-        pieces.rotate_(q, k, *self.table)
+            pieces.rotate_(q, k, *self.table)
         return q, k, v
 
     def _normed(self, x: torch.Tensor, norm: pieces.Norm) -> tuple[torch.Tensor, torch.Tensor]:

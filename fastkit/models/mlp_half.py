@@ -13,11 +13,11 @@ Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and thro
     da      = dy @ W_d
     [dg du] = da through silu(g) * u       written over [g u]; and a, over da
                                            down's adapters: from a and dy
-    dn      = [dg du] @ W_gu               gate's and up's adapters: from n and [dg du]
+    dn      = [dg du] @ W_gu               gate's and up's adapters: from x, rstd and [dg du], see kernels/lora.py
     dx      = dn through the norm + dy     the norm's kernel adds dy; written over dn
 
-What the backward reads is x, rstd, g and u, and a and n, which are computed again from these: a by the kernel that has
-g and u in hand. y itself is in none of it, so the down projection is never computed again.
+What the backward reads is x, rstd, g and u, and a, which is computed again from these by the kernel that has g and u in
+hand. y itself is in none of it, so the down projection is never computed again.
 
 Kept: x and rstd; g and u unless the plan computes them again, by one product. Where they are not kept they need not be
 written: on sm_90 one kernel multiplies and takes a of the products (`kernels/gated_product.py`). Under the plan that
@@ -101,22 +101,19 @@ class MLPHalf(Half):
             del n
 
         dy_c = dy.to(self.down.dtype)
-        da = self.down.input_gradient(dy_c, unscaled=True)
+        da = self.down.input_gradient(self.to_multiply(dy_c), unscaled=True)
         dhidden, factor, a = pieces.gated_backward_as_(da, hidden, self.gate_up.factors)  # factor: for the product
         del da, hidden
         down_gradients = self.down.gradients(a, dy_c, of_down)
         del a
-        gradients = [None] * len(of_gate_up)
-        if any(of_gate_up):
-            n, _ = pieces.norm(x, self.norm, self.gate_up.dtype)
-            gradients = self.gate_up.gradients(n, dhidden, of_gate_up)
-            del n
+        gradients = self.gate_up.gradients(pieces.Normed(x, self.norm, rstd), dhidden, of_gate_up)
         del dhidden
         dx = dweight = None
         if inner:
             dn = self.gate_up.input_gradient(factor, W, unscaled=True)
             del factor, W
-            dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad)
+            dx8 = self.room(x, self.gate_up) if x_grad else None
+            dx, dweight = pieces.norm_backward(dn, x, self.norm, rstd, dy, weight_grad, dx8)
         return dx if x_grad else None, dweight, gradients + down_gradients
 
     def _chunks(self, x: torch.Tensor):

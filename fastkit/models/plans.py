@@ -1,8 +1,8 @@
 """What a decoder layer keeps from its forward to its backward, and what it computes again instead.
 
 The products are what costs, so each is computed again only where its result was not kept and the backward needs it; the
-down projection's never is. Everything elementwise (norms, RoPE, SwiGLU) is computed again under every plan: it costs
-less than the memory. For M tokens, in bytes for each token and layer at 16 bits (Mistral-7B: hidden size K = 4096,
+down projection's never is. What is elementwise (norms, RoPE, SwiGLU) is never kept: it costs less than the memory. For
+M tokens, in bytes for each token and layer at 16 bits (Mistral-7B: hidden size K = 4096,
 query columns Q = 4096, key columns N = 1024, intermediate size I = 14336; o comes with lse, 4 bytes a head):
 
     plan                  keeps                                bytes                  computes again

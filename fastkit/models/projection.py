@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastkit.kernels import gated_product
+from fastkit.kernels import gated_product, residual_product
 from fastkit.kernels.merged_dequantize import MAX_RANK
 from fastkit.models.bnb import bnb
 from fastkit.ops import NF4Weight, lora_gradients, merged_dequantize
@@ -134,7 +134,11 @@ class Group:
         """
         W, bias = self.weight() if W is None else W, self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
-            y = torch.addmm(residual, x, W.T)
+            if bias is None and not self.dropout and residual_product.takes(x, W, residual):
+                y = torch.empty(len(x), len(W), dtype=self.dtype, device=x.device)
+                residual_product.launch(x, W, residual, y)
+            else:
+                y = torch.addmm(residual, x, W.T)
             y = y if bias is None else y.add_(bias)
         else:
             y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)
@@ -161,12 +165,23 @@ class Group:
                 dx.add_(dropped if mask is None else dropped.mul_(mask), alpha=scaling)
         return dx
 
-    def gradients(self, x: torch.Tensor, dy: torch.Tensor, needed: list[bool]) -> list[torch.Tensor | None]:
-        """dA and dB of each adapter, None where `needed`, as long as `parameters`, says that none is."""
+    def gradients(
+        self, x: "torch.Tensor | pieces.Normed", dy: torch.Tensor, needed: list[bool],  # noqa: F821
+    ) -> list[torch.Tensor | None]:  # fmt: skip
+        """dA and dB of each adapter, None where `needed`, as long as `parameters`, says that none is.
+
+        A norm's output is best given as pieces.Normed: it is computed only for dropout, or where x has another dtype.
+        """
         found: list[torch.Tensor | None] = [None] * len(needed)
         wanted = [j for j in range(len(self.adapters)) if needed[2 * j] or needed[2 * j + 1]]
         if not wanted:
             return found
+        factors = {}
+        if not isinstance(x, torch.Tensor):
+            if self.dropout or x.x.dtype != dy.dtype:
+                x = x.computed(dy.dtype)
+            else:
+                x, factors = x.x, {"rstd": x.rstd, "weight": x.norm.weight}
         dys = dy.split(self.sizes, 1)
         pieces = [(dys[self.adapters[j][0]], *self.adapters[j][1][:3]) for j in wanted]
         if self.dropout:
@@ -177,7 +192,7 @@ class Group:
             ]
             dAs, dBs = ([pair[side][0] for pair in each] for side in (0, 1))
         else:
-            dAs, dBs = lora_gradients(x, *zip(*pieces, strict=True), self.trained[0].dtype)
+            dAs, dBs = lora_gradients(x, *zip(*pieces, strict=True), self.trained[0].dtype, **factors)
         for j, dA, dB in zip(wanted, dAs, dBs, strict=True):
             found[2 * j] = dA if needed[2 * j] else None
             found[2 * j + 1] = dB if needed[2 * j + 1] else None
