@@ -1,6 +1,7 @@
 """The estimate of a step's memory, and the plans that a budget buys."""
 
 import gc
+import itertools
 import types
 
 import pytest
@@ -92,6 +93,19 @@ def test_a_larger_budget_is_never_slower(sized):
     assert speeds == sorted(speeds, reverse=True) and speeds[-1] == 0
     text = str(found)
     assert "8,192 tokens" in text and "32 layers keep" in text and "peak" in text
+
+
+def test_no_two_plans_are_faster_together(sized):
+    """Of all pairs, whatever their shares of the layers, among those that fit."""
+    for gib in (6.4, 8, 14):
+        found = choose(sized, int(gib * 2**30), 4, 2048, "adamw8bit", torch.bfloat16, (650e12, 56e9))
+        cost = {plan: budget.cost_seconds(MISTRAL, 8192, plan, 650e12, 56e9) for plan in PLANS.values()}
+        for slower, faster in itertools.permutations(PLANS.values(), 2):
+            for n in (31, 24, 16, 8):
+                plans = [slower] * n + [faster] * (32 - n)
+                if sum(map(cost.get, plans)) < sum(map(cost.get, found.plans)) - 1e-9:
+                    needed = estimate.estimate(sized, plans, 4, 2048, "adamw8bit", torch.bfloat16).peak
+                    assert needed > gib * 2**30 * (1 - budget.MARGIN)
 
 
 def test_a_budget_too_small_says_the_least_that_fits(sized):

@@ -1,10 +1,12 @@
 """Which plan each layer takes: the fastest for which the step's estimate fits into the memory.
 
 What a plan costs is what it computes again, at the card's matrix rate, and what of its copies to the host and back the
-layer's own work does not hide. Of all plans some are worth having: less memory costs more time. Between two
-neighbours of these, the first layers take the leaner one and the last layers the other, for their backward comes first
-and gives its memory back while little else needs any.
+layer's own work does not hide. Of all plans some are worth having: less memory costs more time. Of two of these the
+first layers take the leaner one and the last layers the other, for their backward comes first and gives its memory back
+while little else needs any.
 """
+
+from itertools import combinations_with_replacement
 
 import psutil
 import torch
@@ -112,18 +114,23 @@ def choose(
             f"{_gib(leanest.peak / (1 - MARGIN))} GiB, {_gib(leanest.parts['weights'])} of them weights; "
             "take a smaller batch_size (with more accumulation), a shorter max_length or a smaller model"
         )
-    for faster, leaner in zip(front, [*front[1:], front[-1]], strict=True):
-        if of([leaner] * shape.layers).peak > room:
-            continue
+    costs, best = {plan: cost_seconds(shape, M, plan, *rates) for plan in front}, None
+    for leaner, faster in combinations_with_replacement(reversed(front), 2):
+        if best is not None and costs[faster] * shape.layers >= best[0]:
+            continue  # not even all layers at the faster one would gain
         low, high = 0, shape.layers  # leaner layers: `high` fit, fewer than `low` do not
+        if of([leaner] * high).peak > room:
+            continue
         while low < high:
             middle = (low + high) // 2
             if of([leaner] * middle + [faster] * (shape.layers - middle)).peak <= room:
                 high = middle
             else:
                 low = middle + 1
-        return of([leaner] * high + [faster] * (shape.layers - high))
-    return leanest
+        seconds = high * costs[leaner] + (shape.layers - high) * costs[faster]
+        if best is None or seconds < best[0]:
+            best = seconds, [leaner] * high + [faster] * (shape.layers - high)
+    return of(best[1])
 
 
 def _gib(size: float) -> str:
