@@ -209,6 +209,11 @@ def _forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < T_q)
 
 
+def on_hopper(arch: str, q, k, *others) -> bool:
+    """Whether attention_hopper.py is for q, k, v and o, as far as they are given, without a window and not packed."""
+    return takes_tma(arch, q, k, *others) and attention_hopper.takes(arch, q, k)
+
+
 def takes_tma(arch: str, *tensors: torch.Tensor) -> bool:
     """Whether `arch` has TMA and it can copy all of `tensors` [B, H, T, D]: 16-bit, rows that begin at multiples of 16
     bytes. Not while torch.compile traces, which knows no addresses."""
@@ -301,7 +306,7 @@ def launch_forward(
     arch = architecture(q.device)
     check_runs_on(arch, q.dtype)
     plain = not packed and window is None and TMA is None and not overrides
-    if plain and takes_tma(arch, q, k, v, o) and attention_hopper.takes(arch, q, k, lse):
+    if plain and lse.is_contiguous() and on_hopper(arch, q, k, v, o):
         attention_hopper.launch(q, k, v, o, lse, causal, scale)
         return
     if TMA is None:  # H100, 4x2048, 32/8 heads of 128: causal 0.383 ms and 0.358 without, else 0.675 and 0.740

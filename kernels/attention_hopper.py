@@ -209,14 +209,14 @@ def _hopper_kernel(
     )
 
 
-def takes(arch: str, q, k, lse) -> bool:
-    """Whether `launch` can compute these tensors, [B, H, T, D] and in any strides that TMA takes, on `arch`.
+def takes(arch: str, q, k) -> bool:
+    """Whether `launch` can compute such tensors, [B, H, T, D] and in any strides that TMA takes, on `arch`.
 
     No windows and no packed batches. Not while torch.compile traces, which knows no Gluon.
     """
     if GLUON_MISSING or TensorDescriptor is None or arch != "sm_90" or torch.compiler.is_compiling():
         return False
-    return q.shape[3] in HEADS and q.element_size() == 2 and k.shape[2] > 0 and lse.is_contiguous()
+    return q.shape[3] in HEADS and q.element_size() == 2 and k.shape[2] > 0
 
 
 def _descriptor(x: torch.Tensor, rows: int):
@@ -226,7 +226,8 @@ def _descriptor(x: torch.Tensor, rows: int):
 
 
 def launch(q, k, v, o, lse, causal: bool, scale: float) -> None:
-    """Write o and lse, as attention_forward.launch_forward, of what `takes` and attention_forward.takes_tma accept."""
+    """Write o and lse, as attention_forward.launch_forward, lse contiguous, of what attention_forward.on_hopper
+    accepts."""
     (B, H, T_q, D), (_, H_k, T_k, _) = q.shape, k.shape
     chosen = plan(H, H // H_k, causal, D)
     tiles = triton.cdiv(T_q, chosen.BLOCK_M) * B * H
@@ -240,7 +241,7 @@ def launch(q, k, v, o, lse, causal: bool, scale: float) -> None:
 
 
 def _launch_where_taken(q, k, v, o, lse) -> None:
-    if not takes(arch := architecture(q.device), q, k, lse):
+    if not takes(arch := architecture(q.device), q, k):
         raise NotImplementedError(f"attention_hopper needs sm_90 and this is {arch}: use attention_forward")
     launch(q, k, v, o, lse, True, q.shape[3] ** -0.5)
 

@@ -69,9 +69,8 @@ def _residual_product_kernel(
     QUARTER: tl.constexpr = BLOCK_N // 4
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     last = (tl.cdiv(K, BLOCK_K) - 1) * BLOCK_K
-    r0 = tl.zeros(
-        [BLOCK_M, QUARTER], y_desc.dtype
-    )  # of the residual, as are r1 to r3; set here once, not for each tile
+    # quarters of the residual's tile, set here once and not for each tile
+    r0 = tl.zeros([BLOCK_M, QUARTER], y_desc.dtype)
     r1 = r0
     r2 = r0
     r3 = r0

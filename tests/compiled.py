@@ -27,3 +27,17 @@ def faults(compiled: Compiled, narrow: int = 0) -> list[str]:
         "no 128-bit store": 128 not in bits["store"],
     }
     return [f"{compiled.kernel} on {compiled.arch}: {what}" for what, is_so in found.items() if what and is_so]
+
+
+def pretended(monkeypatch, gluon, *others):
+    """A function after which kernel files act as if there were a GPU of the architecture that it is called with, and
+    SMs: `gluon`, which is in Gluon, and `others`, which hand work to it."""
+
+    def pretend(arch, sms=132):
+        monkeypatch.setattr(gluon, "GLUON_MISSING", "")
+        for kernels in (gluon, *others):
+            monkeypatch.setattr(kernels, "architecture", lambda device: arch)
+            if hasattr(kernels, "sm_count"):
+                monkeypatch.setattr(kernels, "sm_count", lambda device: sms)
+
+    return pretend

@@ -89,6 +89,20 @@ def run_layer(model, x, dy, mask=None, x_grad=True):
     return found | {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
 
 
+def model_in_16_bits(folder, device, dtype):
+    """`model_of` in a 16-bit dtype; on a CPU not in 4 bits, whose products are in fp32 there."""
+    if device == "cuda":
+        return model_of(folder, device=device, dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
+    return model_of(folder, quantize=False).to(dtype)
+
+
+def assert_same_layer(found, expected, dtype):
+    """Two results of `run_layer` differ by twice what rounding to a 16-bit dtype may change, at most."""
+    for name, true in expected.items():
+        error = (found[name].double() - true.double()).norm() / true.double().norm()
+        assert error <= 2 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+
+
 def fused(model, plan=None, compute="auto"):
     """A copy of `model`, patched; every layer must have been taken."""
     model = copy.deepcopy(model)

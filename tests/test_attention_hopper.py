@@ -8,7 +8,7 @@ from types import FunctionType, SimpleNamespace
 import pytest
 import torch
 from attention_case import check
-from compiled import compile_all
+from compiled import compile_all, pretended
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import attention as module
@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As if there were such a GPU."""
-    monkeypatch.setattr(attention_hopper, "GLUON_MISSING", "")
-    monkeypatch.setattr(attention_hopper, "sm_count", lambda device: 132)
-    monkeypatch.setattr(attention_forward, "architecture", lambda device: "sm_90")
+    pretended(monkeypatch, attention_hopper, attention_forward)("sm_90")
 
 
 def tensors(B=2, H=4, H_k=2, T_q=256, T_k=256, D=128, dtype=torch.bfloat16, device="meta"):

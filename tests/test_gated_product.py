@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from compiled import compile_all
-from fused_case import model_of, run_layer
+from fused_case import assert_same_layer, model_in_16_bits, model_of, run_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from on_meta import on_meta
@@ -266,10 +266,7 @@ def test_a_pass_that_keeps_nothing_has_it(folder):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 def test_a_layer_is_the_same_with_and_without(plan, dtype, folder, device, monkeypatch):
     needs_the_kernel(device)
-    if device == "cuda":
-        model = model_of(folder, device=device, dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
-    else:
-        model = model_of(folder, quantize=False).to(dtype)
+    model = model_in_16_bits(folder, device, dtype)
     x, dy = (torch.randn(2, 20, model.config.hidden_size, device=device).to(dtype) for _ in range(2))
     patch(model, plan)
     found, launches, launch = {}, [], module.launch
@@ -279,6 +276,4 @@ def test_a_layer_is_the_same_with_and_without(plan, dtype, folder, device, monke
             assert len(launches) == min(PLANS[plan].chunks, -(-40 // 16))  # of 16 rows at least
             monkeypatch.setattr(module, "takes", lambda *args: False)
         found[gated] = run_layer(model, x, dy)
-    for name, without in found[False].items():
-        error = (found[True][name].double() - without.double()).norm() / without.double().norm()
-        assert error <= 2 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+    assert_same_layer(found[True], found[False], dtype)

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from compiled import compile_all
+from compiled import compile_all, pretended
 from test_lora_gradients import check, inputs, normed
 from tolerance import assert_as_close_as_torch
 
@@ -25,12 +25,9 @@ NEW = ["_columns_kernel", "_terms_kernel", "_rows_kernel", "_terms_kernel", "_ro
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As if there were such a GPU; few rows are taken, too."""
-    monkeypatch.setattr(lora_hopper, "GLUON_MISSING", "")
     monkeypatch.setattr(lora_hopper, "LEAST_ROWS", 1)
     monkeypatch.setattr(lora_hopper, "LEAST_COLUMNS", 1)
-    for module in (lora_hopper, lora_passes):
-        monkeypatch.setattr(module, "sm_count", lambda device: 132)
-        monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    pretended(monkeypatch, lora_hopper, lora_passes)("sm_90")
 
 
 def launcher(

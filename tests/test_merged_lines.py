@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from compiled import compile_all
+from compiled import compile_all, pretended
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import merged_dequantize, nf4
@@ -70,14 +70,7 @@ def untouched(w, buffer):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As if there were a GPU of the architecture that it is called with, and SMs."""
-
-    def pretend(arch, sms=132):
-        monkeypatch.setattr(module, "GLUON_MISSING", "")
-        for kernels in (module, merged_dequantize):
-            monkeypatch.setattr(kernels, "architecture", lambda device: arch)
-        monkeypatch.setattr(module, "sm_count", lambda device: sms)
-
-    return pretend
+    return pretended(monkeypatch, module, merged_dequantize)
 
 
 def launched(N=64, K=512, r=16, blocksize=64, dtype=torch.bfloat16, adapter=None, out=None, device="meta", **options):

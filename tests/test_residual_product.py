@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from compiled import compile_all
-from fused_case import model_of, run_layer
+from fused_case import assert_same_layer, model_in_16_bits, model_of, run_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from on_meta import on_meta
@@ -226,10 +226,7 @@ def test_once_a_half(compute, folder, faster):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 def test_a_layer_is_the_same_with_and_without(plan, dtype, folder, device, faster, monkeypatch):
     needs_the_kernel(device)
-    if device == "cuda":
-        model = model_of(folder, device=device, dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
-    else:
-        model = model_of(folder, quantize=False).to(dtype)
+    model = model_in_16_bits(folder, device, dtype)
     x, dy = (torch.randn(2, 20, model.config.hidden_size, device=device).to(dtype) for _ in range(2))
     patch(model, plan)
     found, launches, launch = {}, [], module.launch
@@ -238,6 +235,4 @@ def test_a_layer_is_the_same_with_and_without(plan, dtype, folder, device, faste
         monkeypatch.setattr(module, "FASTER", ours)
         found[ours] = run_layer(model, x, dy)
         assert len(launches) >= 2
-    for name, without in found[False].items():
-        error = (found[True][name].double() - without.double()).norm() / without.double().norm()
-        assert error <= 2 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+    assert_same_layer(found[True], found[False], dtype)

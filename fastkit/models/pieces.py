@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastkit.kernels import attention_hopper, fp8_rows, rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
+from fastkit.kernels import fp8_rows, rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
 from fastkit.kernels.attention_backward import launch_backward
 from fastkit.kernels.attention_choice import choose
-from fastkit.kernels.attention_forward import lacking, launch_forward, takes_tma
+from fastkit.kernels.attention_forward import lacking, launch_forward, on_hopper
 from fastkit.kernels.common import architecture, as_rows, on_triton
 from fastkit.kernels.fp8_rows import on_fp8_kernels
 from fastkit.kernels.fp8_scale import FP8
@@ -276,8 +276,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attend) -
 def _faster_than_cudnn(q, k, v) -> bool:
     """Whether our forward is; cuDNN's backward reads o and lse whoever wrote them. H200, heads of 128, and of 64: 0.229
     ms and cuDNN 0.259, 0.177 and 0.187, for 4 x 2048 tokens; 0.789 and 0.905 for 1 x 8192; 0.017 and 0.016 for 512."""
-    arch, lse = architecture(q.device), torch.empty(0)
-    return q.shape[2] >= 1024 and takes_tma(arch, q, k, v) and attention_hopper.takes(arch, q, k, lse)
+    return q.shape[2] >= 1024 and on_hopper(architecture(q.device), q, k, v)
 
 
 @functools.cache
