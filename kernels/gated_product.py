@@ -42,7 +42,11 @@ from fastkit.kernels.common import (
     tl,
     triton,
 )
-from fastkit.kernels.tma import TensorDescriptor, fits_tma, place
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None  # Triton is missing and `on_triton` sees to it that nothing is launched
 
 ARCHITECTURES = ("sm_90", "sm_100", "interpreter")  # that have TMA and tensor cores which read shared memory
 TILINGS = {  # "wide" is taken; per_sm: programs an SM
@@ -67,6 +71,15 @@ def reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return swiglu.reference(*gate_up.chunk(2, -1))
 
 
+@triton.jit
+def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of `tile` among the tiles: stripe by stripe, GROUP_M tiles high, columns first."""
+    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first_m, GROUP_M)  # the last stripe may be lower
+    within = tile % (GROUP_M * tiles_n)
+    return first_m + within % height, within // height
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gated_product_kernel(
     x_desc, w_desc, a_desc,
@@ -76,7 +89,7 @@ def _gated_product_kernel(
     """One program writes tiles i, i + programs, ... of a. Beyond an edge TMA reads 0 and writes nothing."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(I, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        place_m, place_n = place(tile, tiles_m, tiles_n, GROUP_M)
+        place_m, place_n = _place(tile, tiles_m, tiles_n, GROUP_M)
         row, col = place_m * BLOCK_M, place_n * BLOCK_N
         gate_up = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -86,6 +99,12 @@ def _gated_product_kernel(
         gate, up = tl.split(tl.permute(tl.reshape(gate_up, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1]))  # [BLOCK_M, BLOCK_N]
         gate, up = gate.to(a_desc.dtype).to(tl.float32), up.to(a_desc.dtype).to(tl.float32)
         a_desc.store([row, col], (gate * tl.sigmoid(gate) * up).to(a_desc.dtype))
+
+
+def _fits_tma(x: torch.Tensor) -> bool:
+    """Whether TMA can copy the rows of x: neighbours adjacent, each row at a multiple of 16 bytes."""
+    adjacent = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return adjacent and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def takes(x: torch.Tensor, I: int) -> bool:
@@ -98,7 +117,7 @@ def takes(x: torch.Tensor, I: int) -> bool:
         return False
     if architecture(x.device) not in ("sm_90", "interpreter"):
         return False
-    return x.element_size() == 2 and x.numel() > 0 and I > 0 and I % 8 == 0 and x.shape[1] % 8 == 0 and fits_tma(x)
+    return x.element_size() == 2 and x.numel() > 0 and I > 0 and I % 8 == 0 and x.shape[1] % 8 == 0 and _fits_tma(x)
 
 
 def launch(x, w, a, per_sm: int = 1, **tiling) -> None:
@@ -158,7 +177,7 @@ def gated_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return a.zero_()
     rows = as_rows(x)
     w = w if w.stride(1) == 1 else w.contiguous()
-    if takes(rows, I) and fits_tma(w):
+    if takes(rows, I) and _fits_tma(w):
         launch(rows, w, as_rows(a))
     else:
         gate, up = (rows @ w.T).chunk(2, 1)

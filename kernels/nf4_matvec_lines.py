@@ -98,8 +98,8 @@ def _asking(absmax_ptr, nested_absmax_ptr, base, warp, lane, PLAN: gl.constexpr)
 def _ask(words_ptr, asked, tiles, slot, N, warp, lane, asking, PLAN: gl.constexpr):
     """Ask for a turn: words of 4 blocks in 16 rows, and absmax of each, or nothing beyond the last turn.
 
-    Lane l asks for 16 bytes of words of rows l // 8 + 4 n, and for absmax of row l % 16: for those of 4 units, or for
-    4 indices and, another lane, the number that they are multiplied by. Returns (stretch, tile) of the next turn.
+    Lane l asks for 16 bytes of words of rows l // 8 + 4 n, and for absmax of row l % 16: one lane for those of 4 units,
+    or one for 4 indices and another for what they are multiplied by. Returns (stretch, tile) of the next turn.
     """
     stretch, tile = asked
     absmax, rarer, absmax_to, words_to = asking
@@ -109,6 +109,8 @@ def _ask(words_ptr, asked, tiles, slot, N, warp, lane, asking, PLAN: gl.constexp
     unit = ((row + lane % 16) * (PLAN.K // 64) + 4 * chunk) // PLAN.units
     absmax += ((unit >> rarer) & -4) if PLAN.double_quant else 4 * (unit & -4)
     wanted = ((stretch < PLAN.stretches) & (chunk < PLAN.K // 256)).to(gl.int32)
+    if not PLAN.double_quant:  # one lane of the two that would write the same
+        wanted += wanted & (lane < 16).to(gl.int32)
     operands = (words, words_to + to, absmax, absmax_to + to, wanted)
     gl.inline_asm_elementwise(PLAN.ask, "=r,l,r,l,r,r", operands, gl.int32, False, 1)
     last = (tile + 1 == tiles).to(gl.int32)

@@ -52,10 +52,13 @@ class Plan:
 
 
 def ask(K: int, double_quant: bool) -> str:
-    """PTX that asks for a warp's turn, if $5: words from $1 to $2, 4 rows apart, and what makes up absmax, $3 to $4."""
-    lines = [".reg .pred p;", "setp.ne.u32 p, $5, 0;", "bar.warp.sync -1;"]  # for all lanes have read what was there
+    """PTX that asks for a warp's turn, if $5: words from $1 to $2, 4 rows apart, and what makes up absmax, $3 to $4.
+
+    Of absmax as it is, a lane asks for its part if $5 is 2."""
+    lines = [".reg .pred p, q;", "setp.ne.u32 p, $5, 0;", f"setp.ge.u32 q, $5, {1 if double_quant else 2};"]
+    lines.append("bar.warp.sync -1;")  # for all lanes have read what was there
     lines += [f"@p cp.async.cg.shared.global [$2+{512 * n}], [$1+{2 * K * n}], 16;" for n in range(4)]
-    lines.append(f"@p cp.async.ca.shared.global [$4], [$3], {4 if double_quant else 16};")
+    lines.append(f"@q cp.async.ca.shared.global [$4], [$3], {4 if double_quant else 16};")
     return "\n".join(["{", *lines, "cp.async.commit_group;", "mov.b32 $0, 0;", "}"])
 
 

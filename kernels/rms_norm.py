@@ -28,6 +28,7 @@ result is rounded once, when it is stored. Hugging Face's Llama, Mistral and Qwe
 product with weight: we can differ from them in the last bit, and have the smaller error bound. y and dx have x's dtype,
 dweight has weight's. The forward's squares are rounded before they are added (enable_fp_fusion=False): a lane that
 holds one number of a row would else add its own square unrounded to its neighbour's, and lanes would differ in rstd.
+torch.compile leaves that out; there rstd may differ in its last bit.
 """
 
 import functools

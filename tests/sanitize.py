@@ -67,7 +67,6 @@ CHECKS = {
     "nf4": Check(("nf4", "nf4_quantize"), ("nf4",), "odd_sizes or last_block or nested_kernel or other_dtypes"),
     "nf4_matvec": Check(("nf4_matvec",), ("nf4_matvec",), f"({SMALL}) or shapes_and_layouts"),
     "nf4_matvec_lines": Check(("nf4_matvec_lines",), ("nf4_matvec_lines",), "on_a_gpu and (bf16 or 2-333)"),
-    "residual_product": Check(("residual_product",), ("residual_product",), "close_to_the_truth and bf16 and not 300"),
     "rms_norm": Check(("rms_norm",), ("rms_norm",), f"({SMALL}) or longer_than_a_block or no_rows"),
     "rope": Check(("rope",), ("rope",), f"({SMALL}) or in_place or packed_sequences"),
     "swiglu": Check(("swiglu",), ("swiglu",), f"({SMALL}) or may_overwrite or halves"),

@@ -272,10 +272,8 @@ def test_moves_what_it_declares():
 @pytest.mark.gpu
 def test_under_torch_compile_and_in_a_graph(device):
     x, residual, weight = inputs((64, 576), torch.bfloat16, device)
-    plain = run(add_rms_norm, x, residual, weight, x, residual)
-    compiled = run(torch.compile(add_rms_norm, fullgraph=True), x, residual, weight, x, residual)
-    assert all(torch.equal(a, b) for a, b in zip(plain[:-1], compiled[:-1], strict=True))
-    torch.testing.assert_close(plain[-1], compiled[-1])  # Inductor adds dweight's partial sums in its own order
+    check(torch.compile(add_rms_norm, fullgraph=True), x, residual, weight)
+    plain = add_rms_norm(x, residual, weight, EPS)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, h = add_rms_norm(x, residual, weight, EPS)

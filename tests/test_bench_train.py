@@ -231,6 +231,8 @@ def test_another_loss_is_said_to_be_wrong():
         (["--vs", "hf,unsloths"], "'unsloths' is no contender"),
         (["--plan", "fastest"], "--plan 'fastest' is unknown"),
         (["--compute", "fp4"], "--compute 'fp4' is unknown"),
+        (["--graphs", "yes"], "--graphs 'yes' is unknown: use off, on, or both"),
+        (["--graphs", "off", "on", "--batch", "0"], "--batch 0"),
         (["--compute", "bf16", "--device", "cpu"], "the model here is in float32"),
         (["--vs", "none", "--plan", "none"], "nothing to time"),
         (["--limit", "lots"], "'lots' is no amount of memory"),

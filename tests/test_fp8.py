@@ -220,7 +220,9 @@ def test_a_layer_through_the_interpreted_kernels(folder, fresh_seed):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_layer_on_a_gpu(folder, fresh_seed, arch, plan):
     model = model_of(folder, arch, device="cuda", dtype="bf16", **WINDOWED.get(arch, {}))
-    check_layer(model, *layer_inputs(T=151, dtype=torch.bfloat16, device="cuda"), plan, window_mask(arch, 151, "cuda"))
+    x, dy = layer_inputs(T=151, dtype=torch.bfloat16, device="cuda")
+    # a small stream, lest its rounding count for more than what a layer adds
+    check_layer(model, x / 4, dy, plan, window_mask(arch, 151, "cuda"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])

@@ -268,9 +268,7 @@ def test_odd_columns_on_a_gpu(device, few_rows_too):
 
 
 @pytest.mark.gpu
-def test_same_bits_every_time(device):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90")
+def test_same_bits_every_time(device, few_rows_too):
     for K, Ns in ((4096, [4096, 1024, 1024]), (14336, [4096])):
         given = inputs(8192, K, Ns, [16] * len(Ns), torch.bfloat16, device)
         assert_taken(*given[:4])

@@ -332,15 +332,13 @@ def test_one_number_compiles():
 @pytest.mark.gpu
 def test_under_torch_compile_and_in_a_graph(device):
     x, weight = inputs((64, 576), torch.bfloat16, device)
-    plain = run(rms_norm, x, weight, x)
-    compiled = run(torch.compile(rms_norm, fullgraph=True), x, weight, x)
-    assert all(torch.equal(a, b) for a, b in zip(plain[:-1], compiled[:-1], strict=True))
-    torch.testing.assert_close(plain[-1], compiled[-1])  # Inductor adds dweight's partial sums in its own order
+    check(torch.compile(rms_norm, fullgraph=True), x, weight)  # not the same bits: it fuses what the kernel keeps apart
+    plain = rms_norm(x, weight, EPS)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = rms_norm(x, weight, EPS)
     graph.replay()
-    assert torch.equal(y, plain[0])
+    assert torch.equal(y, plain)
 
 
 # What all kernels share, in kernels/common.py

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastkit.kernels import gated_product, residual_product
+from fastkit.kernels import gated_product
 from fastkit.kernels.merged_dequantize import MAX_RANK
 from fastkit.models.bnb import bnb
 from fastkit.ops import NF4Weight, lora_gradients, merged_dequantize
@@ -134,11 +134,7 @@ class Group:
         """
         W, bias = self.weight() if W is None else W, self._bias()
         if residual is not None and residual.dtype == self.dtype:  # added by the product itself
-            if bias is None and not self.dropout and residual_product.takes(x, W, residual):
-                y = torch.empty(len(x), len(W), dtype=self.dtype, device=x.device)
-                residual_product.launch(x, W, residual, y)
-            else:
-                y = torch.addmm(residual, x, W.T)
+            y = torch.addmm(residual, x, W.T)
             y = y if bias is None else y.add_(bias)
         else:
             y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)

@@ -25,6 +25,7 @@ from fastkit.train.config import flag
 
 OTHERS = tuple(who for who in CONTENDERS if who != "ours")
 SAME_LOSS = {"auto": 0.01, "bf16": 0.01, "fp8": 0.03}  # how far the first loss may be from another's, as a part of it
+GRAPHS = "off", "on"
 STAGE_HEADS = ("spent", "floor", "to win")
 
 
@@ -60,7 +61,7 @@ class TrainBenchConfig:
         metadata={"help": "processes of ours under torchrun, a GPU and --batch sequences each; or several"},
     )
     strategy: Literal["ddp", "fsdp2"] = flag("ddp", "of several processes, as in finetune; fsdp2 with AdamW in fp32")
-    graphs: list[Literal["off", "on"]] = field(
+    graphs: list[str] = field(
         default_factory=lambda: ["off"],
         metadata={"help": "off: ours launched kernel by kernel; on: forward and backward as one CUDA graph; or both"},
     )
@@ -92,6 +93,9 @@ class TrainBenchConfig:
         for compute in self.compute:
             if compute not in SAME_LOSS:
                 raise FastkitError(f"--compute {compute!r} is unknown: use {', '.join(SAME_LOSS)}")
+        for graphs in self.graphs:
+            if graphs not in GRAPHS:
+                raise FastkitError(f"--graphs {graphs!r} is unknown: use {', '.join(GRAPHS)}, or both")
         if not self.others() and not self.plans():
             raise FastkitError("--vs none --plan none leaves nothing to time")
         for size in [*self.budget, *([self.limit] if self.limit else [])]:
