@@ -75,7 +75,7 @@ def reference(
 
 @triton.jit
 def _rotate_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr, scale_ptr, v_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr, scale_ptr, v_ptr, v_out_ptr,
     T, TABLE_ROWS, Q_HEADS, K_HEADS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_cosb, stride_cost, stride_positionb,
@@ -83,11 +83,11 @@ def _rotate_kernel(
     HALF: tl.constexpr, REST: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program turns BLOCK_H heads of q, or of k, at BLOCK_T tokens of one sequence; or scales those of v, in place.
+    """One program turns BLOCK_H heads of q, or of k, at BLOCK_T tokens of one sequence; or writes v as it is.
 
     All its reads come before its first write: they are under way together, and the outputs may be the inputs. HALF is
     the number of pairs in a head; REST numbers behind them are copied. scale, if it is not None, is [B * T], what a
-    token's numbers are yet to be multiplied by; v, if it is not None, lies as k does.
+    token's numbers are yet to be multiplied by; v and v_out, if they are not None, lie as k and k_out do.
     """
     q_groups, k_groups, blocks_t = tl.cdiv(Q_HEADS, BLOCK_H), tl.cdiv(K_HEADS, BLOCK_H), tl.cdiv(T, BLOCK_T)
     groups = q_groups + (k_groups if v_ptr is None else 2 * k_groups)
@@ -105,7 +105,7 @@ def _rotate_kernel(
     stride_t = tl.where(in_k, stride_kt, stride_qt)
     x_ptr, out_ptr = tl.where(in_k, k_ptr, q_ptr), tl.where(in_k, k_out_ptr, q_out_ptr)
     if v_ptr is not None:
-        x_ptr, out_ptr = tl.where(in_v, v_ptr, x_ptr), tl.where(in_v, v_ptr, out_ptr)
+        x_ptr, out_ptr = tl.where(in_v, v_ptr, x_ptr), tl.where(in_v, v_out_ptr, out_ptr)
     rows = _rows(x_ptr, stride_b, stride_h, stride_t, b, heads, tokens)
     x1 = tl.load(rows + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_T, BLOCK_D]
     x2 = tl.load(rows + HALF + pairs[None, None, :], mask=mask, other=0.0).to(tl.float32)
@@ -171,7 +171,7 @@ def _tiling(q_heads: int, k_heads: int, T: int, half: int) -> dict[str, int]:
 
 
 def launch(
-    q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = False, scale=None, v=None, **tiling
+    q, k, cos, sin, q_out, k_out, position_ids=None, inverse: bool = False, scale=None, v=None, v_out=None, **tiling
 ) -> None:
     """Write q_out and k_out, the rotated q [B, q_heads, T, D] and k [B, k_heads, T, D]; with `inverse`, turned back.
 
@@ -179,10 +179,10 @@ def launch(
                   each row repeats the first; with position_ids, a table [rows, R]
     position_ids  [1, T] or [B, T], int32 or int64: the table's row for each token
     scale         [B T], fp32: what each token's numbers are yet to be multiplied by
-    v             shaped and strided as k and k_out, not turned, multiplied by scale in place; only with scale
+    v, v_out      strided as k and k_out: v is written to v_out, times scale if that is given, and not turned
 
     Any strides will do but those of the last dimensions, of position_ids too, which must be 1. q_out may be q itself,
-    and k_out k itself. `tiling` overrides BLOCK_H, BLOCK_T and num_warps. The backward is `inverse` of dq and dk.
+    and so k_out and v_out. `tiling` overrides BLOCK_H, BLOCK_T and num_warps. The backward is `inverse` of dq and dk.
     """
     (B, q_heads, T, D), k_heads, rotary = q.shape, k.shape[1], cos.shape[-1]
     if B * T * D * (q_heads + k_heads) == 0:
@@ -193,7 +193,7 @@ def launch(
     grid = (B * -(-T // tiling["BLOCK_T"]) * groups,)
     with device_of(q):
         _rotate_kernel[grid](
-            q, k, cos, sin, position_ids, q_out, k_out, scale, v,
+            q, k, cos, sin, position_ids, q_out, k_out, scale, v, v_out,
             T, cos.shape[-2], q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3],
             _batch_stride(cos, 3), cos.stride(-2), 0 if position_ids is None else _batch_stride(position_ids, 2),
@@ -218,9 +218,8 @@ def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:
         found[f"{q_heads}+{k_heads} heads {B}x{T}"] = forward
     found["packed, in place"] = functools.partial(launch, q, k, cos, sin, q, k, position_ids)
     scale = torch.empty(B * T, device="meta")
-    found["with v, yet to be scaled"] = functools.partial(
-        launch, q, k, cos, sin, q, k, scale=scale, v=torch.empty_like(k)
-    )
+    v = torch.empty_like(k)
+    found["with v, yet to be scaled"] = functools.partial(launch, q, k, cos, sin, q, k, scale=scale, v=v, v_out=v)
     return found
 
 

@@ -59,6 +59,10 @@ def within(N, K, dtype, device, before=8, after=16):
     return buffer[:N, before : before + K], buffer
 
 
+def turned(shape, transposed):
+    return shape[::-1] if transposed else shape
+
+
 def untouched(w, buffer):
     """Whether of `buffer` only `w` was written."""
     return int(buffer.float().isnan().sum()) == buffer.numel() - w.numel()
@@ -102,7 +106,7 @@ def test_what_it_leaves(on_gpu, monkeypatch):
     for options in (
         dict(r=0), dict(r=17), dict(r=33), dict(r=64), dict(K=512 + 64), dict(K=8), dict(blocksize=32),
         dict(dtype=torch.float32), dict(adapter=torch.float32), dict(adapter=torch.float16),
-        dict(dtype=torch.float16, out=FP8), dict(transposed=True), dict(num_warps=4), dict(BLOCK_N=32),
+        dict(dtype=torch.float16, out=FP8), dict(num_warps=4), dict(BLOCK_N=32),
         dict(device="cpu"),
     ):  # fmt: skip
         assert launched(**options) == ["_merge_kernel"], options
@@ -115,7 +119,7 @@ def test_what_it_leaves(on_gpu, monkeypatch):
     on_gpu("sm_90")
     monkeypatch.setattr(module, "GLUON_MISSING", "as in Triton's interpreter")
     assert launched() == ["_merge_kernel"]
-    assert not module.takes(*inputs(1, 256, 1, device="cpu"), torch.empty(1, 256, device="meta"), False, "sm_75")
+    assert not module.takes(*inputs(1, 256, 1, device="cpu"), torch.empty(1, 256, device="meta"), "sm_75")
 
 
 def test_all_programs_run_at_once_and_none_is_idle(on_gpu):
@@ -133,13 +137,13 @@ def test_all_programs_run_at_once_and_none_is_idle(on_gpu):
 
 
 def lane_of(x, lane, half):
-    """x of another lane, as the shuffles give it, where axes 3 and 4 are t and g of lane t + 4 g."""
+    """x of another lane, as the shuffles give it, where axes 2 and 3 are t and g of lane t + 4 g."""
     from triton.runtime.interpreter import TensorHandle
 
     x, lane = np.broadcast_arrays(x.handle.data, lane.handle.data.astype(np.int64))
     index = np.indices(lane.shape, sparse=True)
-    source = index[3] + 4 * index[4] & 16 | lane & 15 if half else lane & 31
-    data = x[(*index[:3], source & 3, source >> 2, *index[5:])]
+    source = index[2] + 4 * index[3] & 16 | lane & 15 if half else lane & 31
+    data = x[(*index[:2], source & 3, source >> 2, *index[4:])]
     return tl.tensor(TensorHandle(data, tl.float32), tl.block_type(tl.float32, list(data.shape)))
 
 
@@ -152,43 +156,53 @@ def interpreted(monkeypatch, on_gpu):
 
     on_gpu("sm_90", 1)
     language = _language(tl, module.gl)
+    language.static_range = range
     for name, value in list(vars(module).items()):
         if type(value).__name__ == "GluonJITFunction":
             kernel = InterpretedFunction(value.fn)
             kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
             kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
             monkeypatch.setattr(module, name, kernel)
-    module.tile(16), module.tile(32)  # made by the true gl, and kept
+    for BLOCK_R, transposed in itertools.product((16, 32), (False, True)):  # made by the true gl, and kept
+        module.tile(BLOCK_R, transposed)
     monkeypatch.setattr(module, "gl", language)
     monkeypatch.setattr(module, "mma_v2", lambda a, b, delta: tl.dot(a, b, delta))
     monkeypatch.setattr(module, "_shown", lambda x, lane: lane_of(x, lane, half=False))
     monkeypatch.setattr(module, "_code_values", lambda code, index: lane_of(code, index, half=True))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize(("N", "K", "r", "blocksize", "double_quant"), SHAPES)
-def test_every_number_comes_from_its_place(N, K, r, blocksize, double_quant, interpreted):
+def test_every_number_comes_from_its_place(N, K, r, blocksize, double_quant, transposed, interpreted):
     weight, A, B = inputs(N, K, r, blocksize, double_quant, torch.float16, "cpu")
-    w, buffer = within(N, K, torch.float16, "cpu")
-    module.launch(weight, A, B, SCALING, w)
+    w, buffer = within(*turned((N, K), transposed), torch.float16, "cpu")
+    module.launch(weight, A, B, SCALING, w, transposed)
     truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
-    torch.testing.assert_close(w.double(), truth, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(w.double(), truth.T if transposed else truth, rtol=2e-3, atol=2e-3)
     assert untouched(w, buffer)
-    module.launch(weight, A, torch.zeros_like(B), SCALING, w)
-    assert torch.equal(w, nf4.reference(weight))
+    module.launch(weight, A, torch.zeros_like(B), SCALING, w, transposed)
+    assert torch.equal(w, nf4.reference(weight).T if transposed else nf4.reference(weight))
 
 
-def test_every_row_has_its_scale(interpreted):
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_every_row_has_its_scale(transposed, interpreted):
     """Interpreted, a number that is rounded up to a power of two ends at half of it."""
     weight, A, B = inputs(70, 512, 16, dtype=torch.float16, device="cpu")
-    w, inverse = torch.empty(70, 512, dtype=FP8), 0.5 + torch.rand(70)
-    module.launch(weight, A, B, SCALING, w, inverse)
+    w = torch.empty(turned((70, 512), transposed), dtype=FP8)
+    inverse = 0.5 + torch.rand(len(w))
+    module.launch(weight, A, B, SCALING, w, transposed, inverse)
     truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float32)
+    truth = truth.T if transposed else truth
     torch.testing.assert_close(w.float(), reference_fp8(truth, 1 / inverse).float(), rtol=0.51, atol=2**-8)
 
 
 def test_lanes_stand_where_the_shuffles_look_for_them():
     """Lane t + 4 g, by the layouts' own numbers: along the axes in their order, the first one fastest."""
-    for layout, axes in ((module.tile(16).numbers, (3, 4)), (module.tile(16).lanes, (1, 2))):
+    for layout, axes in (
+        (module.tile(16, False).numbers, (2, 3)),
+        (module.tile(16, True).numbers, (2, 3)),
+        (module.tile(16, True).lanes, (1, 2)),
+    ):
         split = [axis for axis in layout.order if layout.threads_per_warp[axis] > 1]
         assert tuple(split) == axes and [layout.threads_per_warp[axis] for axis in split] == [4, 8]
 
@@ -200,30 +214,35 @@ def test_lanes_stand_where_the_shuffles_look_for_them():
 def test_compiled_code(arch, on_gpu):
     """Nothing goes through shared memory, stores are 16 bytes a lane (8 of FP8), registers let so many programs in.
 
-    Of shuffles a turn has one for each of a lane's 64 numbers and 8 rows; before it, A takes one a register.
+    Of shuffles a turn has one for each of a lane's 64 numbers and 8 rows, and their scales; before it, A takes one a
+    register.
     """
     on_gpu(arch)
     for name, example in module.examples().items():
-        fp8, r = "FP8" in name, int(name.rpartition(" ")[2])
+        fp8, transposed, r = "FP8" in name, "transposed" in name, int(name.rpartition(" ")[2])
         if fp8 and arch in ("sm_80", "sm_86"):
             continue
         (made,) = compile_all(example, arch)
         assert made.kernel == "_lines_kernel" and not misfit(made) and made.spilled_bytes == 0 == made.shared_bytes
         assert {k for k in made.instructions if k.startswith("st.global")} == {f"st.global.{64 if fp8 else 128}"}
-        assert made.instructions["HMMA"] == r and made.instructions["shfl"] == 64 + 8 + 8 * fp8 + r
-        assert 128 * made.registers * module._resident(16 if r <= 16 else 32, True, fp8, False, arch) <= 65536
+        assert made.instructions["HMMA"] == r
+        assert made.instructions["shfl"] == 64 + 8 + 8 * (fp8 and not transposed) + r
+        programs = module._resident(16 if r <= 16 else 32, True, fp8, False, transposed, arch)
+        assert 128 * made.registers * programs <= 65536
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize(("N", "r", "double_quant"), [(77, 16, True), (77, 32, True), (64, 5, True), (64, 16, False)])
-def test_compiled_code_of_other_cases(N, r, double_quant, on_gpu):
+def test_compiled_code_of_other_cases(N, r, double_quant, transposed, on_gpu):
     for arch in ("sm_80", "sm_90"):
         on_gpu(arch)
         weight = nf4.empty_nf4((N, 4096), torch.float16, 64, double_quant, "meta")
-        shapes = (r, 4096), (N, r), (N, 4096)
+        shapes = (r, 4096), (N, r), turned((N, 4096), transposed)
         A, B, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
-        (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w), arch)  # noqa: B023
+        (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w, transposed), arch)  # noqa: B023
         assert made.spilled_bytes == 0 == made.shared_bytes
-        programs = module._resident(16 if r <= 16 else 32, double_quant, False, N % 32 > 0, arch)
+        masked = N % 32 > 0 or r == 5
+        programs = module._resident(16 if r <= 16 else 32, double_quant, False, masked, transposed, arch)
         assert 128 * made.registers * programs <= 65536
 
 
@@ -247,41 +266,45 @@ def assert_same_bits(ours, theirs):
     assert apart.max() <= 1 and (apart > 0).sum() <= 1e-4 * apart.numel()
 
 
-def both(weight, A, B, w, inverse=None):
+def both(weight, A, B, w, transposed=False, inverse=None):
     """w by this kernel, and by _merge_kernel anew."""
-    assert module.takes(weight, A, B, w, False, merged_dequantize.architecture(w.device))
-    merged_dequantize.launch(weight, A, B, SCALING, w, inverse=inverse)
+    assert module.takes(weight, A, B, w, merged_dequantize.architecture(w.device))
+    merged_dequantize.launch(weight, A, B, SCALING, w, transposed, inverse)
     theirs = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    merged_dequantize.launch(weight, A, B, SCALING, theirs, inverse=inverse, num_warps=4)
+    merged_dequantize.launch(weight, A, B, SCALING, theirs, transposed, inverse, num_warps=4)
     return w, theirs
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(("N", "K", "r", "blocksize", "double_quant"), [*SHAPES, (2000, 4096, 16, 64, True)])
-def test_on_a_gpu(N, K, r, blocksize, double_quant, dtype, monkeypatch, device):
+def test_on_a_gpu(N, K, r, blocksize, double_quant, dtype, transposed, monkeypatch, device):
     weight, A, B = inputs(N, K, r, blocksize, double_quant, dtype, device)
     delta = (SCALING * (B @ A)).to(dtype)
     truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
     terms = nf4.reference(weight, torch.float64).abs() + SCALING * (B.double().abs() @ A.double().abs())
     for sms, (before, after) in itertools.product((1, 132), ((8, 16), (3, 4))):  # many turns and one; aligned and not
         monkeypatch.setattr(module, "sm_count", lambda device, sms=sms: sms)
-        w, buffer = within(N, K, dtype, device, before, after)
-        assert_same_bits(*both(weight, A, B, w))
-        assert_as_close_as_torch(w, nf4.reference(weight) + delta, truth, scale=terms)
+        w, buffer = within(*turned((N, K), transposed), dtype, device, before, after)
+        assert_same_bits(*both(weight, A, B, w, transposed))
+        straight = w.T if transposed else w
+        assert_as_close_as_torch(straight, nf4.reference(weight) + delta, truth, scale=terms)
         assert untouched(w, buffer)
-        module.launch(weight, A, torch.zeros_like(B), SCALING, w)
-        assert torch.equal(w, dequantize_nf4(weight))
+        module.launch(weight, A, torch.zeros_like(B), SCALING, w, transposed)
+        assert torch.equal(straight, dequantize_nf4(weight))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("r", [5, 16, 32])
-def test_fp8_on_a_gpu(r, device):
+def test_fp8_on_a_gpu(r, transposed, device):
     if lacks_fp8(module.architecture(torch.device(device))):
         pytest.skip("no e4m3 here")
     for N in (70, 128):
-        inverse = 0.5 + torch.rand(N, device=device)
-        assert_same_bits(*both(*inputs(N, 512, r), torch.empty(N, 512, dtype=FP8, device=device), inverse))
+        w = torch.empty(turned((N, 512), transposed), dtype=FP8, device=device)
+        inverse = 0.5 + torch.rand(len(w), device=device)
+        assert_same_bits(*both(*inputs(N, 512, r), w, transposed, inverse))
 
 
 @pytest.mark.gpu

@@ -187,8 +187,22 @@ def test_tokens_yet_to_be_multiplied_in_place(k_heads, rest, packed, inverse, dt
     module.launch(q, k, cos, sin, q, k, position_ids, inverse)
     expected = [x.to(dtype) for x in (q, k, v)]
     q, k, v = heads(qkv)
-    module.launch(q, k, cos, sin, q, k, position_ids, inverse, scale=scale, v=v)
+    module.launch(q, k, cos, sin, q, k, position_ids, inverse, scale=scale, v=v, v_out=v)
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), expected, strict=True))
+
+
+@pytest.mark.parametrize(("k_heads", "rest"), [(2, 0), (3, 6)])
+def test_values_go_beside_the_keys(k_heads, rest, dtype, device):
+    """Out of place, bit by bit as they were."""
+    B, T, D = 2, 5, 32 + rest
+    q, k, v = (torch.randn(B, T, n, D, device=device).to(dtype).transpose(1, 2) for n in (4, k_heads, k_heads))
+    cos, sin = table(T, 32, device)
+    into = torch.full((B, T, 4 + 2 * k_heads, D), torch.nan, dtype=dtype, device=device).transpose(1, 2)
+    q_out, k_out, v_out = into.split([4, k_heads, k_heads], 1)
+    module.launch(q, k, cos, sin, q_out, k_out, inverse=True, v=v, v_out=v_out)
+    expected = torch.empty_like(q), torch.empty_like(k)
+    module.launch(q, k, cos, sin, *expected, inverse=True)
+    assert torch.equal(q_out, expected[0]) and torch.equal(k_out, expected[1]) and torch.equal(v_out, v)
 
 
 def test_in_place_on_the_cpu_in_bfloat16():

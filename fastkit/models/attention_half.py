@@ -129,7 +129,7 @@ class AttentionHalf(Half):
             return self.qkv.forward(n, W=W), rstd
         qkv, scale = pieces.apart(self.qkv.forward(n, W=W, unscaled=True))
         q, k, v = self._split(qkv)
-        pieces.rotate_(q, k, *self.table, scale=scale, v=v)
+        pieces.rotate_(q, k, *self.table, scale=scale, v=None if scale is None else v)
         return qkv, rstd
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -24,19 +24,24 @@ OTHER_WORK = 0.15  # of the time of a forward's products in 16 bits: what is ele
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(operations a second in products of `dtype`, bytes a second to the host), measured in some 20 ms on a GPU."""
+    """(operations a second in products of `dtype`, bytes a second to the host), measured in some 0.2 s on a GPU.
+
+    That long, because its clocks may have been low: an H200 was found at 300 TFLOP/s at first, at 800 soon after.
+    """
     if device.type != "cuda":
         return MATRIX_RATE, LINK_RATE
 
-    def seconds(work, repeats: int = 3) -> float:
-        work()
+    def seconds(work, repeats: int = 10, least_ms: float = 100.0) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
+        spent = 0.0
+        while spent < least_ms:
+            begin.record()
+            for _ in range(repeats):
+                work()
+            end.record()
+            end.synchronize()
+            spent += (last := begin.elapsed_time(end))
+        return last / 1e3 / repeats
 
     with torch.cuda.device(device):
         a = torch.randn(4096, 4096, device=device, dtype=dtype)

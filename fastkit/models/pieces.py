@@ -153,24 +153,25 @@ def norm_backward(
 
 def rotate_(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False,
-    into: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
+    into: tuple[torch.Tensor, ...] | None = None, scale: torch.Tensor | None = None, v: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Turn q [B, H, T, D] and k [B, H_k, T, D] by cos and sin [B or 1, T, R], or back by them, in place or `into` two.
+    """Turn q [B, H, T, D] and k [B, H_k, T, D] by cos and sin [B or 1, T, R], or back by them.
 
     Back is also the backward: of dq and dk. scale [B T], if given, is what the tokens of q, k and v are yet to be
-    multiplied by; v, strided as k, is so in place.
+    multiplied by. v, if given, goes with them and is not turned. In place, or `into` others; v and its other strided as
+    k and its.
     """
-    into = into or (q, k)
+    into = into or (q, k, v)
     if on_triton("rope", "q", q):
-        rope.launch(q, k, cos, sin, *into, inverse=inverse, scale=scale, v=v if scale is not None else None)
+        beside = {} if v is None else {"v": v, "v_out": into[2]}
+        rope.launch(q, k, cos, sin, *into[:2], inverse=inverse, scale=scale, **beside)
         return
     if scale is not None:
         scale = scale.view(q.shape[0], 1, -1, 1)
-        q, k, v_scaled = (x.float() * scale for x in (q, k, v))
-        v.copy_(v_scaled)
-    for x, turned in zip(into, rope.reference(q, k, cos, -sin if inverse else sin), strict=True):
-        x.copy_(turned)
+        q, k, v = (x if x is None else x.float() * scale for x in (q, k, v))
+    found = rope.reference(q, k, cos, -sin if inverse else sin)
+    for x, made in zip(into, found if v is None else (*found, v), strict=False):
+        x.copy_(made)
 
 
 # --- SwiGLU
@@ -311,8 +312,10 @@ def attend_backward(
         )
     else:
         found = _differentiated(lambda q, k, v: _by_torch(q, k, v, options), [q, k, v], do)
-    rotate_(*found[:2], *table, inverse=True, into=(dq, dk))
-    dv.copy_(found[2])
+    beside = found[2].stride() == found[1].stride() and dv.stride() == dk.stride()
+    rotate_(*found[:2], *table, inverse=True, into=(dq, dk, dv), v=found[2] if beside else None)
+    if not beside:
+        dv.copy_(found[2])
 
 
 def _backend(q, k, v, options: Attend) -> str:
