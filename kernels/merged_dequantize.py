@@ -177,7 +177,7 @@ def launch(weight, A, B, scaling, w, transposed=False, inverse=None, **tiling) -
     rank = 0 if A is None else A.shape[0]
     fp32 = A is not None and A.dtype == torch.float32
     split = fp32 and w.dtype != torch.float32 and not (w.dtype == FP8 and arch == "interpreter")  # it has no bfloat16
-    if not tiling and merged_lines.takes(weight, A, B, w, arch):
+    if not tiling and merged_lines.takes(weight, A, B, w, transposed, arch):
         return merged_lines.launch(weight, A, B, scaling, w, transposed, inverse)
     tiling = _tiling(rank, fp32, w.dtype == FP8, transposed, arch) | tiling
     share = min(words_sharing(weight, K // 8), tiling["BLOCK_K"] // 8)

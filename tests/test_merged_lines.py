@@ -11,6 +11,7 @@ from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import merged_dequantize, nf4
 from fastkit.kernels import merged_lines as module
+from fastkit.kernels import merged_lines_parts as parts
 from fastkit.kernels.common import INTERPRETED, tl
 from fastkit.kernels.fp8_scale import FP8, lacks_fp8, reference_fp8
 from fastkit.lab.gluon_interpreter import _language
@@ -98,7 +99,7 @@ def test_what_it_takes(arch, on_gpu):
     ):  # fmt: skip
         assert launched(**options) == ["_lines_kernel"], options
     if arch not in ("sm_80", "sm_86"):
-        assert launched(out=FP8) == ["_lines_kernel"]
+        assert launched(out=FP8) == launched(out=FP8, transposed=True) == ["_lines_kernel"]
 
 
 def test_what_it_leaves(on_gpu, monkeypatch):
@@ -106,7 +107,7 @@ def test_what_it_leaves(on_gpu, monkeypatch):
     for options in (
         dict(r=0), dict(r=17), dict(r=33), dict(r=64), dict(K=512 + 64), dict(K=8), dict(blocksize=32),
         dict(dtype=torch.float32), dict(adapter=torch.float32), dict(adapter=torch.float16),
-        dict(dtype=torch.float16, out=FP8), dict(num_warps=4), dict(BLOCK_N=32),
+        dict(dtype=torch.float16, out=FP8), dict(transposed=True), dict(num_warps=4), dict(BLOCK_N=32),
         dict(device="cpu"),
     ):  # fmt: skip
         assert launched(**options) == ["_merge_kernel"], options
@@ -119,7 +120,7 @@ def test_what_it_leaves(on_gpu, monkeypatch):
     on_gpu("sm_90")
     monkeypatch.setattr(module, "GLUON_MISSING", "as in Triton's interpreter")
     assert launched() == ["_merge_kernel"]
-    assert not module.takes(*inputs(1, 256, 1, device="cpu"), torch.empty(1, 256, device="meta"), "sm_75")
+    assert not module.takes(*inputs(1, 256, 1, device="cpu"), torch.empty(1, 256, device="meta"), False, "sm_75")
 
 
 def test_all_programs_run_at_once_and_none_is_idle(on_gpu):
@@ -157,18 +158,20 @@ def interpreted(monkeypatch, on_gpu):
     on_gpu("sm_90", 1)
     language = _language(tl, module.gl)
     language.static_range = range
-    for name, value in list(vars(module).items()):
-        if type(value).__name__ == "GluonJITFunction":
-            kernel = InterpretedFunction(value.fn)
-            kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
-            kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
-            monkeypatch.setattr(module, name, kernel)
+    for kernels in (parts, module):
+        for name, value in list(vars(kernels).items()):
+            if type(value).__name__ == "GluonJITFunction":
+                kernel = InterpretedFunction(value.fn)
+                kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
+                kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
+                monkeypatch.setattr(kernels, name, kernel)
     for BLOCK_R, transposed in itertools.product((16, 32), (False, True)):  # made by the true gl, and kept
-        module.tile(BLOCK_R, transposed)
-    monkeypatch.setattr(module, "gl", language)
-    monkeypatch.setattr(module, "mma_v2", lambda a, b, delta: tl.dot(a, b, delta))
-    monkeypatch.setattr(module, "_shown", lambda x, lane: lane_of(x, lane, half=False))
-    monkeypatch.setattr(module, "_code_values", lambda code, index: lane_of(code, index, half=True))
+        parts.tile(BLOCK_R, transposed)
+    for kernels in (parts, module):
+        monkeypatch.setattr(kernels, "gl", language)
+    monkeypatch.setattr(parts, "mma_v2", lambda a, b, delta: tl.dot(a, b, delta))
+    monkeypatch.setattr(parts, "shown", lambda x, lane: lane_of(x, lane, half=False))
+    monkeypatch.setattr(parts, "looked_up", lambda code, index: lane_of(code, index, half=True))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
@@ -227,22 +230,21 @@ def test_compiled_code(arch, on_gpu):
         assert {k for k in made.instructions if k.startswith("st.global")} == {f"st.global.{64 if fp8 else 128}"}
         assert made.instructions["HMMA"] == r
         assert made.instructions["shfl"] == 64 + 8 + 8 * (fp8 and not transposed) + r
-        programs = module._resident(16 if r <= 16 else 32, True, fp8, False, transposed, arch)
+        programs = module._resident(16 if r <= 16 else 32, True, fp8, False, arch)
         assert 128 * made.registers * programs <= 65536
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize(("N", "r", "double_quant"), [(77, 16, True), (77, 32, True), (64, 5, True), (64, 16, False)])
-def test_compiled_code_of_other_cases(N, r, double_quant, transposed, on_gpu):
+def test_compiled_code_of_other_cases(N, r, double_quant, on_gpu):
     for arch in ("sm_80", "sm_90"):
         on_gpu(arch)
         weight = nf4.empty_nf4((N, 4096), torch.float16, 64, double_quant, "meta")
-        shapes = (r, 4096), (N, r), turned((N, 4096), transposed)
+        shapes = (r, 4096), (N, r), (N, 4096)
         A, B, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
-        (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w, transposed), arch)  # noqa: B023
+        (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w), arch)  # noqa: B023
         assert made.spilled_bytes == 0 == made.shared_bytes
         masked = N % 32 > 0 or r == 5
-        programs = module._resident(16 if r <= 16 else 32, double_quant, False, masked, transposed, arch)
+        programs = module._resident(16 if r <= 16 else 32, double_quant, False, masked, arch)
         assert 128 * made.registers * programs <= 65536
 
 
@@ -268,7 +270,7 @@ def assert_same_bits(ours, theirs):
 
 def both(weight, A, B, w, transposed=False, inverse=None):
     """w by this kernel, and by _merge_kernel anew."""
-    assert module.takes(weight, A, B, w, merged_dequantize.architecture(w.device))
+    assert module.takes(weight, A, B, w, transposed, merged_dequantize.architecture(w.device))
     merged_dequantize.launch(weight, A, B, SCALING, w, transposed, inverse)
     theirs = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     merged_dequantize.launch(weight, A, B, SCALING, theirs, transposed, inverse, num_warps=4)
@@ -276,35 +278,36 @@ def both(weight, A, B, w, transposed=False, inverse=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(("N", "K", "r", "blocksize", "double_quant"), [*SHAPES, (2000, 4096, 16, 64, True)])
-def test_on_a_gpu(N, K, r, blocksize, double_quant, dtype, transposed, monkeypatch, device):
+def test_on_a_gpu(N, K, r, blocksize, double_quant, dtype, monkeypatch, device):
     weight, A, B = inputs(N, K, r, blocksize, double_quant, dtype, device)
     delta = (SCALING * (B @ A)).to(dtype)
     truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
     terms = nf4.reference(weight, torch.float64).abs() + SCALING * (B.double().abs() @ A.double().abs())
     for sms, (before, after) in itertools.product((1, 132), ((8, 16), (3, 4))):  # many turns and one; aligned and not
         monkeypatch.setattr(module, "sm_count", lambda device, sms=sms: sms)
-        w, buffer = within(*turned((N, K), transposed), dtype, device, before, after)
-        assert_same_bits(*both(weight, A, B, w, transposed))
-        straight = w.T if transposed else w
-        assert_as_close_as_torch(straight, nf4.reference(weight) + delta, truth, scale=terms)
+        w, buffer = within(N, K, dtype, device, before, after)
+        assert_same_bits(*both(weight, A, B, w))
+        assert_as_close_as_torch(w, nf4.reference(weight) + delta, truth, scale=terms)
         assert untouched(w, buffer)
-        module.launch(weight, A, torch.zeros_like(B), SCALING, w, transposed)
-        assert torch.equal(straight, dequantize_nf4(weight))
+        module.launch(weight, A, torch.zeros_like(B), SCALING, w)
+        assert torch.equal(w, dequantize_nf4(weight))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("r", [5, 16, 32])
-def test_fp8_on_a_gpu(r, transposed, device):
+def test_fp8_on_a_gpu(r, transposed, monkeypatch, device):
     if lacks_fp8(module.architecture(torch.device(device))):
         pytest.skip("no e4m3 here")
-    for N in (70, 128):
-        w = torch.empty(turned((N, 512), transposed), dtype=FP8, device=device)
+    for sms, N in itertools.product((1, 132), (70, 128, 2000)):
+        monkeypatch.setattr(module, "sm_count", lambda device, sms=sms: sms)
+        buffer = torch.full(turned((N, 512 + 32), transposed), torch.nan, device=device).to(FP8)
+        w = buffer[:512] if transposed else buffer[:, :512]
         inverse = 0.5 + torch.rand(len(w), device=device)
         assert_same_bits(*both(*inputs(N, 512, r), w, transposed, inverse))
+        assert untouched(w, buffer)
 
 
 @pytest.mark.gpu

@@ -26,12 +26,14 @@ OTHER_WORK = 0.15  # of the time of a forward's products in 16 bits: what is ele
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(operations a second in products of `dtype`, bytes a second to the host), measured in some 0.2 s on a GPU.
 
-    That long, because its clocks may have been low: an H200 was found at 300 TFLOP/s at first, at 800 soon after.
+    That long, for clocks rise meanwhile: once a short measure found an H200 below 400 TFLOP/s, which has 700 for long.
     """
     if device.type != "cuda":
         return MATRIX_RATE, LINK_RATE
 
     def seconds(work, repeats: int = 10, least_ms: float = 100.0) -> float:
+        work()  # loads libraries
+        torch.cuda.synchronize(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         spent = 0.0
         while spent < least_ms:
