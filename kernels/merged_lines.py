@@ -52,13 +52,14 @@ from fastkit.kernels.merged_lines_parts import (
     asked,
     b_operand,
     b_places,
-    dealt_a,
     lane_blocks,
     lane_pointers,
     mma_v2,
     numbers_of,
     of_columns,
+    parts_of_a,
     rows_shown,
+    stored,
     tile,
 )
 from fastkit.kernels.nf4 import NF4Weight, empty_nf4, kernel_arguments
@@ -93,9 +94,7 @@ def _lines_kernel(
     b_lane, b_beyond, b_row, b_number = b_places(stride_bn, BLOCK_R, TILE)
     b_ptrs = b_ptr + first_row * stride_bn + b_lane
 
-    a = ()
-    for part in gl.static_range(PARTS):
-        a += (dealt_a(a_ptr + first_col, part, stride_ar, RANK, BLOCK_R, TILE),)
+    a = parts_of_a(a_ptr + first_col, stride_ar, RANK, BLOCK_R, TILE)
     code = gl.expand_dims(as_words(gl.load(code_ptr + lane % 16), TILE), 4)
     offset = gl.load(offset_ptr) if DOUBLE_QUANT else 0.0
     if AHEAD:
@@ -121,11 +120,7 @@ def _lines_kernel(
                 inverse = of_columns(inverse_ptr + first_col, part, TILE)
             if FP8:
                 w *= inverse
-            w, to_ptrs = w.to(w_ptr.dtype.element_ty), w_ptrs + (number + TILE.C * part * stride_wk)
-            if EVEN:
-                gl.store(to_ptrs, w)
-            else:
-                gl.store(to_ptrs, w, mask=gl.expand_dims(row < left, 4))
+            stored(w_ptrs + (number + TILE.C * part * stride_wk), w, gl.expand_dims(row < left, 4), not EVEN)
         word_ptrs += BLOCK_N * words_k
         w_ptrs += BLOCK_N * stride_wn
         b_ptrs += BLOCK_N * stride_bn

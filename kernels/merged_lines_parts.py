@@ -73,6 +73,16 @@ def asked(pointers, mask, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def stored(pointers, x, mask, MASKED: gl.constexpr):
+    """x is, rounded to what stands there; without a mask where none is needed."""
+    x = x.to(pointers.dtype.element_ty)
+    if MASKED:
+        gl.store(pointers, x, mask=mask)
+    else:
+        gl.store(pointers, x)
+
+
+@gluon.jit
 def shown(x, lane):
     """x of the lane whose number is the low 5 bits of `lane`."""
     x, lane = gl.broadcast(x, lane)
@@ -117,6 +127,15 @@ def dealt_a(a_ptr, part, stride_ar: gl.constexpr, RANK: gl.constexpr, BLOCK_R: g
     a = asked(a_ptr + (r * stride_ar + 8 * (col // C) + C * part + col % C), r < RANK, RANK != BLOCK_R)
     a = gl.permute(gl.reshape(a, [BLOCK_R, TILE.W, 8, C // 2, 2]), [3, 1, 4, 2, 0])  # m, warp, p, g, k
     return gl.convert_layout(gl.reshape(a, [COLUMNS, BLOCK_R]), TILE.a_operand)
+
+
+@gluon.jit
+def parts_of_a(a_ptr, stride_ar: gl.constexpr, RANK: gl.constexpr, BLOCK_R: gl.constexpr, TILE: gl.constexpr):
+    """`dealt_a` of each part."""
+    a = ()
+    for part in gl.static_range(8 // TILE.C):
+        a += (dealt_a(a_ptr, part, stride_ar, RANK, BLOCK_R, TILE),)
+    return a
 
 
 @gluon.jit

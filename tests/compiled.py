@@ -1,6 +1,7 @@
 """What is wrong with the code that launches compile to: for tests of kernels' structure, on any machine."""
 
 from fastkit.lab.compiling import Compiled, compile_launch
+from fastkit.lab.gluon_interpreter import with_constexprs
 from fastkit.lab.launches import catch
 from fastkit.lab.portability import misfit
 
@@ -41,3 +42,12 @@ def pretended(monkeypatch, gluon, *others):
                 monkeypatch.setattr(kernels, "sm_count", lambda device: sms)
 
     return pretend
+
+
+def interpret(monkeypatch, kernels):
+    """Have the Gluon functions in the namespace of `kernels`, a module, be run by Triton's interpreter."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    for name, value in list(vars(kernels).items()):
+        if type(value).__name__ == "GluonJITFunction":
+            monkeypatch.setattr(kernels, name, with_constexprs(InterpretedFunction(value.fn)))

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from compiled import compile_all, pretended
+from compiled import compile_all, interpret, pretended
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import merged_dequantize, nf4
@@ -153,18 +153,11 @@ def interpreted(monkeypatch, on_gpu):
     """The kernel in Triton's interpreter, which ignores layouts: mma_v2 is a dot, a shuffle is told how lanes stand."""
     if not INTERPRETED:
         pytest.skip("on a GPU it runs")
-    from triton.runtime.interpreter import InterpretedFunction
-
     on_gpu("sm_90", 1)
     language = _language(tl, module.gl)
     language.static_range = range
     for kernels in (parts, module):
-        for name, value in list(vars(kernels).items()):
-            if type(value).__name__ == "GluonJITFunction":
-                kernel = InterpretedFunction(value.fn)
-                kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
-                kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
-                monkeypatch.setattr(kernels, name, kernel)
+        interpret(monkeypatch, kernels)
     for BLOCK_R, transposed in itertools.product((16, 32), (False, True)):  # made by the true gl, and kept
         parts.tile(BLOCK_R, transposed)
     for kernels in (parts, module):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from compiled import compile_all, pretended
+from compiled import compile_all, interpret, pretended
 from ptx_in_numpy import Memory, run
 from tolerance import assert_as_close_as_torch
 
@@ -145,7 +145,7 @@ def interpreted(monkeypatch, on_gpu):
     """The kernel in Triton's interpreter, which ignores layouts; PTX runs on NumPy. It is given the number of SMs."""
     if not INTERPRETED:
         pytest.skip("on a GPU it runs")
-    from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+    from triton.runtime.interpreter import TensorHandle
 
     language, held = _language(tl, module.gl), [Memory()]
 
@@ -170,12 +170,7 @@ def interpreted(monkeypatch, on_gpu):
 
     language.inline_asm_elementwise, language.allocate_shared_memory = assembly, allocate
     language.static_range, language.pointer_type = range, tl.pointer_type
-    for name, value in list(vars(module).items()):
-        if type(value).__name__ == "GluonJITFunction":
-            kernel = InterpretedFunction(value.fn)
-            kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
-            kinds.update({key: "constexpr" for key, kind in kinds.items() if "constexpr" in str(kind)})
-            monkeypatch.setattr(module, name, kernel)
+    interpret(monkeypatch, module)
     monkeypatch.setattr(module, "gl", language)
     monkeypatch.setattr(module, "barrier", lambda: None)
     return functools.partial(on_gpu, "sm_90")

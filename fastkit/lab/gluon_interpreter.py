@@ -32,6 +32,13 @@ def interpreted(kernel):
     return InterpretedFunction(kernel.fn)
 
 
+def with_constexprs(kernel):
+    """`kernel`, an InterpretedFunction, whose "gl.constexpr" are what the interpreter knows as "tl.constexpr"."""
+    kinds = kernel.rewrite().__annotations__
+    kinds.update({name: "constexpr" for name, kind in kinds.items() if "constexpr" in str(kind)})
+    return kernel
+
+
 @contextmanager
 def gluon_on_cpu():
     """Within, launches of Gluon kernels on CPU tensors run, interpreted, where TRITON_INTERPRET=1 has Triton's run so.
@@ -41,10 +48,7 @@ def gluon_on_cpu():
     from triton.experimental.gluon._runtime import GluonJITFunction
 
     def launch(kernel, grid):
-        kernel = interpreted(carry(kernel).load("<interpreted>"))
-        kinds = kernel.rewrite().__annotations__  # the interpreter knows "tl.constexpr" and not "gl.constexpr"
-        kinds.update({name: "constexpr" for name, kind in kinds.items() if "constexpr" in str(kind)})
-        return kernel[grid]
+        return with_constexprs(interpreted(carry(kernel).load("<interpreted>")))[grid]
 
     with mock.patch.object(GluonJITFunction, "__getitem__", launch):
         yield
