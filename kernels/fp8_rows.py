@@ -14,8 +14,8 @@ multiply (`swiglu_fp8.py`). For others `launch_scaled` does it, in the pass that
 
 The largest number of a row must be known before the first is written, so a program walks along its rows twice. The
 second walk finds its numbers in registers, where a row fits one block, or else in the cache. `rms_norm_fp8.py`,
-`swiglu_fp8.py` and the backward of `rms_norm.py` write such rows themselves: nothing then reads them once more to
-quantize them.
+`swiglu_fp8.py`, `rope_fp8.py` and the backward of `rms_norm.py` write such rows themselves: nothing then reads them
+once more to quantize them.
 
 Casts: a load is converted to fp32 at once, 1 / scale is fp32, and x8 is rounded once, when it is stored.
 """

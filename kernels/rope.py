@@ -196,13 +196,13 @@ def launch(
             q, k, cos, sin, position_ids, q_out, k_out, scale, v, v_out,
             T, cos.shape[-2], q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3],
-            _batch_stride(cos, 3), cos.stride(-2), 0 if position_ids is None else _batch_stride(position_ids, 2),
+            batch_stride(cos, 3), cos.stride(-2), 0 if position_ids is None else batch_stride(position_ids, 2),
             *q_out.stride()[:3], *k_out.stride()[:3],
             HALF=rotary // 2, REST=rest, INVERSE=inverse, BLOCK_REST=1 << max(rest - 1, 0).bit_length(), **tiling,
         )  # fmt: skip
 
 
-def _batch_stride(x: torch.Tensor, dims: int) -> int:
+def batch_stride(x: torch.Tensor, dims: int) -> int:
     """x's stride from one sequence to the next, 0 where all share it; `dims` are x's with the batch."""
     return x.stride(0) if x.dim() == dims and x.shape[0] > 1 else 0
 

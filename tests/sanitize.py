@@ -69,6 +69,7 @@ CHECKS = {
     "nf4_matvec_lines": Check(("nf4_matvec_lines",), ("nf4_matvec_lines",), "on_a_gpu and (bf16 or 2-333)"),
     "rms_norm": Check(("rms_norm",), ("rms_norm",), f"({SMALL}) or longer_than_a_block or no_rows"),
     "rope": Check(("rope",), ("rope",), f"({SMALL}) or in_place or packed_sequences"),
+    "rope_fp8": Check(("rope_fp8",), ("rope_fp8",), "test_kernel and not fp16"),
     "swiglu": Check(("swiglu",), ("swiglu",), f"({SMALL}) or may_overwrite or halves"),
     "warp": Check(("warp",), ("warp",), f"({SMALL}) or integers or broadcast or by_hand_is"),
 }

@@ -7,7 +7,7 @@ from compiled import compile_all, faults
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkit.kernels import fp8_rows, fp8_scale, rms_norm, rms_norm_fp8, swiglu, swiglu_fp8
+from fastkit.kernels import fp8_rows, fp8_scale, rms_norm, rms_norm_fp8, rope_fp8, swiglu, swiglu_fp8
 from fastkit.lab.portability import misfit
 from fastkit.ops import quantize_rows_fp8
 
@@ -195,7 +195,7 @@ def test_rows_are_scaled(M, N, residual, tiling, dtype, device):
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_87", "gfx942"])
 def test_older_cards_are_told_what_to_do(arch, monkeypatch):
     monkeypatch.setattr(fp8_scale, "architecture", lambda device: arch)
-    examples = [item for module in (fp8_rows, rms_norm_fp8, swiglu_fp8) for item in module.examples().items()]
+    examples = [item for module in (fp8_rows, rms_norm_fp8, rope_fp8, swiglu_fp8) for item in module.examples().items()]
     for launch in [launch for name, launch in examples if not name.startswith("scaled")]:
         with pytest.raises(NotImplementedError, match=f"writes FP8 from sm_89 on and this is {arch}: use bfloat16"):
             launch()
