@@ -237,6 +237,31 @@ def test_every_plan_gives_the_same_gradients(folder, references, fresh_seed, arc
                 assert (gradient - kept[name]).norm() <= 1e-3 * kept[name].norm(), (plan, name)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_the_gradients_of_q_k_and_v_come_in_fp8(folder, device, monkeypatch, fresh_seed, arch):
+    """But of Qwen3, where norms come after; and no gradient is other than from a pass of its own, in any bit."""
+    dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    model = model_of(folder, arch, device=device, dtype={"cpu": "fp32", "cuda": "bf16"}[device])
+    x, dy = layer_inputs(B=1, T=5, dtype=dtype, device=device)
+    backward, multiplied = pieces.attend_backward, []
+    monkeypatch.setattr(pieces, "_backend", lambda *args: "torch")  # torch's own add in another order each time
+    monkeypatch.setattr(FP8Group, "input_gradient", _noted(FP8Group.input_gradient, multiplied))
+    found = run_layer(fused(model, "keep", "fp8"), x, dy)
+    monkeypatch.setattr(pieces, "attend_backward", lambda *args: backward(*args[:10]))
+    expected = run_layer(fused(model, "keep", "fp8"), x, dy)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+    ours, theirs = multiplied[: len(multiplied) // 2], multiplied[len(multiplied) // 2 :]
+    assert sum(ours) - sum(theirs) == (arch != "qwen3")
+
+
+def _noted(input_gradient, in_fp8):
+    def call(self, dy, *args, **kwargs):
+        in_fp8.append(isinstance(dy, pieces.FP8Rows))
+        return input_gradient(self, dy, *args, **kwargs)
+
+    return call
+
+
 def test_some_adapters_alone_may_learn(folder, references, fresh_seed):
     model = model_of(folder)
     for name, parameter in model.named_parameters():

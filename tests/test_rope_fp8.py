@@ -10,6 +10,7 @@ from test_rope import LAYOUTS, SHAPES, table
 
 from fastkit.kernels import fp8_rows, rope, rope_fp8
 from fastkit.lab.tracer import trace_launches
+from fastkit.models import pieces
 
 FP8 = torch.float8_e4m3fn
 pytestmark = [needs_fp8, pytest.mark.usefixtures("poisoned", "fresh_seed")]
@@ -129,6 +130,38 @@ def test_kernel_with_rows_of_zeros_and_of_what_is_no_number(device):
 @pytest.mark.parametrize("shape", [(0, 4, 2, 5, 8), (2, 4, 2, 0, 8)], ids=str)
 def test_nothing(shape, device):
     check(*gradients(*shape, torch.float16, device), *table(shape[3], 8, device))
+
+
+# --- through attention's backward
+
+
+BACKENDS = ["ours", "torch", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cudnn", "flash"))]
+
+
+@pytest.mark.parametrize("takes", [True, False], ids=["one pass", "too many heads for one"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "interpreted"])
+def test_attention_hands_them_on(backend, takes, device, monkeypatch):
+    """With FP8 asked for, dqkv is as without, and its rows in FP8 are those of a pass of its own."""
+    if interpreted := backend == "interpreted":  # the kernel on a CPU too, where FP8Rows come of the reference
+        backend = "torch"
+        monkeypatch.setattr(pieces, "on_fp8_kernels", lambda *args: True)
+    monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
+    monkeypatch.setattr(rope_fp8, "takes", lambda *args: takes)
+    dtype, T = (torch.bfloat16, 150) if device == "cuda" else (torch.float32, 5)
+    options, D = pieces.Attend(0.1), 64
+    q, k, v = (torch.randn(2, T, n, D, device=device).to(dtype).transpose(1, 2) for n in (4, 2, 2))
+    do, attended = torch.randn_like(q), pieces.attend(q, k, v, options)
+    turns = table(T, D, device, dtype, (1,))
+    plain, (dqkv, *expected) = outputs(q, k)[0], outputs(q, k)
+    assert pieces.attend_backward(do, q, k, v, attended, options, *split(plain, q, k), turns) is None
+    rows = pieces.attend_backward(do, q, k, v, attended, options, *split(dqkv, q, k), turns, dqkv)
+    if backend in ("ours", "torch"):  # the others add in another order each time
+        assert torch.equal(bits(dqkv), bits(plain))
+    if interpreted and takes:
+        fp8_rows.launch(dqkv, *expected)
+    else:
+        expected = pieces.quantized(dqkv)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(rows, expected, strict=True))
 
 
 # --- what is compiled, what moves

@@ -14,7 +14,7 @@ Backward, given dy = ∂L/∂y. It reaches x directly, by the residual, and thro
 
     do         = dy @ W_o                  o's adapters: from o and dy
     dq, dk, dv = do through the attention  from q, k, v, o and lse, written into one buffer [M, N]
-    dq, dk     = turned back               RoPE's backward
+    dq, dk     = turned back               RoPE's backward; for a product in FP8 it writes [dq dk dv] so too
     dq, dk     = through their norms       in Qwen3 alone
     dn         = [dq dk dv] @ W_qkv        q's, k's and v's adapters: from x, rstd and [dq dk dv]
     dx         = dn through the norm + dy  the norm's kernel adds dy; written over dn
@@ -31,6 +31,7 @@ Casts: x, y and dx have the residual stream's dtype, everything between the norm
 
 import torch
 
+from fastkit.kernels.fp8_scale import FP8
 from fastkit.models import pieces
 from fastkit.models.half import Half
 from fastkit.models.keeping import Keeper
@@ -107,7 +108,10 @@ class AttentionHalf(Half):
         do = self._per_head(self.o.input_gradient(self.to_multiply(dy_c)))
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = self._split(dqkv)
-        pieces.attend_backward(do, q, k, v, attended, self.options, dq, dk, dv, self.table)
+        in_fp8 = self.qkv.factors == FP8 and self.qk_norms is None and (x_grad or weight_grad)
+        dqkv8 = pieces.attend_backward(
+            do, q, k, v, attended, self.options, dq, dk, dv, self.table, dqkv if in_fp8 else None
+        )
         del do, attended, q, k, v
         if self.qk_norms is not None:
             self._through_qk_norms(dqkv, qkv)
@@ -116,8 +120,8 @@ class AttentionHalf(Half):
         gradients = self.qkv.gradients(pieces.Normed(x, self.norm, self.rstd), dqkv, of_qkv)
         dx = dweight = None
         if x_grad or weight_grad:
-            dn = self.qkv.input_gradient(dqkv, W, unscaled=True)
-            del dqkv, dq, dk, dv, W
+            dn = self.qkv.input_gradient(dqkv if dqkv8 is None else dqkv8, W, unscaled=True)
+            del dqkv, dqkv8, dq, dk, dv, W
             dx8 = self.room(x, self.qkv) if x_grad else None
             dx, dweight = pieces.norm_backward(dn, x, self.norm, self.rstd, dy, weight_grad, dx8)
         return dx if x_grad else None, dweight, gradients + o_gradients

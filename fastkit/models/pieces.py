@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastkit.kernels import fp8_rows, rms_norm, rms_norm_fp8, rope, swiglu, swiglu_fp8
+from fastkit.kernels import fp8_rows, rms_norm, rms_norm_fp8, rope, rope_fp8, swiglu, swiglu_fp8
 from fastkit.kernels.attention_backward import launch_backward
 from fastkit.kernels.attention_choice import choose
 from fastkit.kernels.attention_forward import lacking, launch_forward, on_hopper
@@ -174,6 +174,15 @@ def rotate_(
         x.copy_(made)
 
 
+def turned_back_fp8(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dqkv: torch.Tensor
+) -> FP8Rows:
+    """dqkv [M, N] in FP8, written both ways: dq and dk turned back, and dv, side by side."""
+    dqkv8 = FP8Rows.empty(*dqkv.shape, dqkv.device)
+    rope_fp8.launch(dq, dk, dv, cos, sin, dqkv, *dqkv8)
+    return dqkv8
+
+
 # --- SwiGLU
 
 
@@ -289,17 +298,19 @@ def _zero(device: torch.device) -> torch.Tensor:
 def attend_backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, options: Attend,
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor],
-) -> None:  # fmt: skip
+    dqkv: torch.Tensor | None = None,
+) -> FP8Rows | None:  # fmt: skip
     """Write dq, dk and dv, shaped as q, k and v, given do [B, H, T, D]; dq and dk turned back by `table`, cos and sin.
 
-    Same rule for strides."""
+    Same rule for strides. dqkv, if given, is what dq, dk and dv are the parts of, [M, N], and is returned in FP8.
+    """
     backend, o, rest = attended
     if backend == "ours":
         rows = [_rows(x, options.packed) for x in (do, q, k, v, o)]
         grads = [_rows(x, options.packed) for x in (dq, dk, dv)]
         launch_backward(*rows, *rest, *grads, **_lengths(options))
         rotate_(dq, dk, *table, inverse=True)
-        return
+        return None if dqkv is None else quantized(dqkv)
     if backend == "cudnn":
         lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -312,10 +323,13 @@ def attend_backward(
         )
     else:
         found = _differentiated(lambda q, k, v: _by_torch(q, k, v, options), [q, k, v], do)
+    if dqkv is not None and on_fp8_kernels("rope_fp8", do) and rope_fp8.takes(q, k, table[0]):
+        return turned_back_fp8(*found, *table, dqkv)
     beside = found[2].stride() == found[1].stride() and dv.stride() == dk.stride()
     rotate_(*found[:2], *table, inverse=True, into=(dq, dk, dv), v=found[2] if beside else None)
     if not beside:
         dv.copy_(found[2])
+    return None if dqkv is None else quantized(dqkv)
 
 
 def _backend(q, k, v, options: Attend) -> str:

@@ -18,8 +18,9 @@ RoPE, which takes v too, multiply by it as they read, and where a residual is ad
 norms or a bias, and the gradients of attention's output, take one, in place.
 
 Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU, and the backward of both; that of the norm
-for the half that gets the gradient, beside it (`half.py`). The attention's output, its gradients in q, k and v, and the
-gradient that the last layer gets take a pass of their own.
+for the half that gets the gradient, beside it (`half.py`); and RoPE's backward (`kernels/rope_fp8.py`), unless it works
+in place, which our attention leaves it to do, or norms come after it. The attention's output and the gradient that the
+last layer gets take a pass of their own.
 
 The adapters' gradients come of x and dy in the compute dtype, as in `projection.py`; so do norms and attention.
 

@@ -45,7 +45,8 @@ PARTS = {  # what of a layer runs as what
     "adapters": ((Group, "gradients"),),
     "attention": ((pieces, "attend"), (pieces, "attend_backward")),
     "elementwise": tuple(
-        (pieces, name) for name in ("norm", "norm_backward", "rotate_", "gated", "gated_backward_as_")
+        (pieces, name)
+        for name in ("norm", "norm_backward", "rotate_", "turned_back_fp8", "gated", "gated_backward_as_")
     ),
     "quantizing": ((pieces, "quantized"),),
 }
