@@ -50,8 +50,8 @@ def _turn_back_kernel(
     HALF is the number of pairs in a head; REST numbers behind them are copied. Heads start at multiples of ALIGNED
     bytes in dq, dk and dv.
     """
-    row = tl.program_id(0).to(tl.int64)  # row * stride, like b * stride, can pass 2**31
-    b, t = row // T, row % T
+    row = tl.program_id(0)
+    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # b * stride, like row * stride, can pass 2**31
     heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]  # heads: of q, then k, then v
     in_k, in_v = heads >= Q_HEADS, heads >= Q_HEADS + K_HEADS  # in_k: in k or v
     in_heads = heads < Q_HEADS + 2 * K_HEADS
@@ -75,7 +75,8 @@ def _turn_back_kernel(
     y1 = tl.where(in_v, x1, tl.fma(x1, cos, x2 * sin * -1.0)).to(dtype)
     y2 = tl.where(in_v, x2, tl.fma(x2, cos, x1 * sin)).to(dtype)
     cols = heads * (2 * HALF + REST) + pairs
-    dqkv_row, dqkv8_row = dqkv_ptr + row * stride_dqkvm, dqkv8_ptr + row * stride_dqkv8m
+    dqkv_row = dqkv_ptr + row.to(tl.int64) * stride_dqkvm
+    dqkv8_row = dqkv8_ptr + row.to(tl.int64) * stride_dqkv8m
     tl.store(dqkv_row + cols, y1, mask=mask)
     tl.store(dqkv_row + HALF + cols, y2, mask=mask)
     y1, y2 = y1.to(tl.float32), y2.to(tl.float32)
