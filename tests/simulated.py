@@ -3,8 +3,10 @@
 What a kernel would do wrong now and then on a GPU it does here for certain, or often: reading a tile that has not come,
 overwriting one that is being read, waiting for ever, writing a number twice or out of bounds. Shared memory is full of
 NaN until something comes; copies end in any order. Layouts are not looked at: what needs them is the compiler's.
+Programs run one after the other or, where they wait for one another, some at once, which start in their order.
 """
 
+import math
 import queue
 import random
 import threading
@@ -72,6 +74,28 @@ class Shared:
     def permute(self, order):
         return Shared(self.tensor.permute(*order))
 
+    def reshape(self, shape):
+        return Shared(self.tensor.view(shape))
+
+    def _reinterpret(self, dtype, shape, layout):
+        """As boxes of 64 columns, which is how rows that are swizzled by 128 bytes lie: box by box."""
+        assert dtype == self.dtype and shape[1:] == [64, 64] and self.tensor.numel() == 64 * 64 * shape[0]
+        boxes = self.tensor.view(len(self.tensor), 64, -1, 64).transpose(1, 2)
+        return SimpleNamespace(index=lambda i: Shared(boxes[i // boxes.shape[1], i % boxes.shape[1]]))
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
+    def load(self, layout):
+        assert not self.tensor.isnan().any(), "reads what has not come"
+        return self.tensor.clone()
+
+    def store(self, value):
+        jitter()
+        assert value.dtype == self.dtype
+        self.tensor.copy_(value)
+
 
 class Pointer:
     def __init__(self, memory, offset=0):
@@ -85,9 +109,17 @@ class Descriptor:
     """In the place of TMA's."""
 
     def __init__(self, x, box):
-        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 == x.data_ptr() % 16 and max(box) <= 256
-        self.x, self.dtype, self.layout = x, x.dtype, None
-        self.block_type = SimpleNamespace(shape=box, nbytes=2 * box[0] * box[1])
+        strides = [stride * x.element_size() for stride in x.stride()]
+        assert strides[-1] == x.element_size() and not any(stride % 16 for stride in (*strides[:-1], x.data_ptr()))
+        assert max(box) <= 256 and len(box) == x.dim()
+        self.x, self.dtype, self.layout = x.detach(), x.dtype, None  # threads have gradients on
+        self.block_type = SimpleNamespace(shape=box, nbytes=x.element_size() * math.prod(box))
+
+    def part(self, at):
+        """What of a box at `at` lies within x, and which of the box that is."""
+        box = self.block_type.shape
+        part = self.x[tuple(slice(first, first + size) for first, size in zip(at, box, strict=True))]
+        return part, tuple(slice(0, size) for size in part.shape)
 
 
 class Engine(threading.Thread):
@@ -95,7 +127,7 @@ class Engine(threading.Thread):
 
     def __init__(self):
         super().__init__()
-        self.asked = queue.Queue()
+        self.asked, self.local, self.sound = queue.Queue(), threading.local(), True
 
     def run(self):
         held, ended = [], False
@@ -113,17 +145,34 @@ class Engine(threading.Thread):
                     each[1]()
 
     def async_copy_global_to_shared(self, desc, at, barrier, to):
-        (row, col), (rows, cols) = at, desc.block_type.shape
-        assert list(to.tensor.shape) == [rows, cols]
+        assert list(to.tensor.shape) == list(desc.block_type.shape)
         to.tensor.fill_(float("nan"))
 
         def copy():
-            tile, part = torch.zeros(rows, cols, dtype=desc.dtype), desc.x[row : row + rows, col : col + cols]
-            tile[: part.shape[0], : part.shape[1]] = part
+            part, place = desc.part(at)
+            tile = torch.zeros(desc.block_type.shape, dtype=desc.dtype)
+            tile[place] = part
             to.tensor.copy_(tile)
             barrier.add(nbytes=-desc.block_type.nbytes)
 
         self.asked.put(copy)
+
+    def async_copy_shared_to_global(self, desc, at, smem):
+        asked, ended = smem.tensor.clone(), threading.Event()
+
+        def copy():
+            part, place = desc.part(at)
+            self.sound &= bool(part.isnan().all()) and torch.equal(smem.tensor, asked)
+            part.copy_(smem.tensor[place])
+            ended.set()
+
+        assert not asked.isnan().any()
+        self.local.stores = [*getattr(self.local, "stores", []), ended]
+        self.asked.put(copy)
+
+    def store_wait(self, left):
+        assert left == 0 and all(ended.wait(SECONDS) for ended in getattr(self.local, "stores", []))
+        assert self.sound, "written twice, or overwritten while it is copied"
 
 
 def jitter(*_):
@@ -137,8 +186,11 @@ class Products:
     def __init__(self):
         self.local = threading.local()
 
-    def begin(self, a, b, acc, is_async):
+    def begin(self, a, b, acc, is_async, use_acc=True):
+        a = a if isinstance(a, Shared) else Shared(a)
         assert is_async and not a.tensor.isnan().any() and not b.tensor.isnan().any(), "reads what has not come"
+        assert a.dtype == b.dtype
+        acc = acc if use_acc else 0.0
         begun = SimpleNamespace(read=(a.tensor, b.tensor), as_read=(a.tensor.clone(), b.tensor.clone()), acc=acc)
         self.local.begun = [*getattr(self.local, "begun", []), begun]
         return begun
@@ -162,11 +214,36 @@ def _store(pointer, values, mask):
     pointer.memory[places] = values[mask]
 
 
+ADDING = threading.Lock()
+
+
+def _add(pointer, values, sem):
+    offsets, values = torch.broadcast_tensors(*map(torch.as_tensor, (pointer.offset, values)))
+    assert 0 <= offsets.min() <= offsets.max() < len(pointer.memory), "out of bounds"
+    assert len(offsets.unique()) == offsets.numel()
+    jitter()
+    with ADDING:
+        pointer.memory[offsets] += values
+
+
+def _where(condition, a, b):
+    return torch.where(condition, a, b) if isinstance(condition, torch.Tensor) else a if condition else b
+
+
 def _language(program, programs, failures):
     """In the place of `gl`."""
 
     def allocate(dtype, shape, layout):
         return Barriers(shape, failures) if dtype is gl.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+    end = time.monotonic() + SECONDS
+
+    def acquire(assembly, constraints, pointers, *_, **__):
+        assert assembly.startswith("ld.acquire") and time.monotonic() < end, "deadlock"
+        time.sleep(0.0005)
+        if failures:
+            raise Stopped
+        return int(pointers[0].memory[pointers[0].offset])
 
     def partition(function, arguments):
         try:
@@ -184,27 +261,30 @@ def _language(program, programs, failures):
             thread.join()
 
     return SimpleNamespace(
-        float32=gl.float32, int64=gl.int64, constexpr=gl.constexpr, SliceLayout=lambda *_: None, minimum=min,
-        program_id=lambda axis: program, num_programs=lambda axis: programs, static_range=range,
-        where=lambda condition, a, b: a if condition else b, arange=lambda start, end, layout: torch.arange(start, end),
+        float32=gl.float32, int32=gl.int32, int64=gl.int64, constexpr=gl.constexpr, SliceLayout=lambda *_: None,
+        minimum=min, maximum=max, program_id=lambda axis: program, num_programs=lambda axis: programs,
+        static_range=range, where=_where, arange=lambda start, end, layout=None: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=DTYPES[dtype]), store=_store,
-        reshape=torch.reshape, sum=torch.sum, cast=lambda x, dtype: x, convert_layout=lambda x, *_, **__: x,
-        allocate_shared_memory=allocate, warp_specialize=specialize,
+        atomic_add=_add, exp2=torch.exp2, reshape=torch.reshape, permute=torch.permute, sum=torch.sum,
+        cast=lambda x, dtype: x, convert_layout=lambda x, *_, **__: x,
+        allocate_shared_memory=allocate, warp_specialize=specialize, inline_asm_elementwise=acquire,
     )  # fmt: skip
 
 
 class Simulated:
-    """In the place of a kernel: `kernel[grid](...)` runs its programs, one after the other. `modules` hold it and what
-    it calls."""
+    """In the place of a kernel: `kernel[grid](...)` runs its programs, `at_once` so many. `modules` hold it and what it
+    calls."""
 
-    def __init__(self, kernel, *modules):
+    def __init__(self, kernel, *modules, at_once=1):
         self.name, self.names = kernel.fn.__name__, {k: v for module in modules for k, v in vars(module).items()}
         self.names[self.name] = kernel
+        self.at_once = at_once
 
     def _function(self, program, programs, engine, failures):
         products, names = Products(), dict(self.names)
         names |= {
             "gl": _language(program, programs, failures), "tma": engine, "fence_async_shared": lambda: None,
+            "barrier": lambda: None,
             "warpgroup_mma": products.begin, "warpgroup_mma_wait": products.wait,
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: None, init=lambda barrier, count: barrier.init(count),
@@ -220,13 +300,24 @@ class Simulated:
 
     def __getitem__(self, grid):
         def run(*arguments, PLAN, **options):
-            arguments = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in arguments]
+            arguments = [Pointer(a.detach().view(-1)) if isinstance(a, torch.Tensor) else a for a in arguments]
+            waiting, failures = iter(range(grid[0])), []
+
+            def programs():
+                while not failures and (program := next(waiting, None)) is not None:
+                    try:
+                        self._function(program, grid[0], engine, failures)(*arguments, PLAN)
+                    except BaseException as error:
+                        failures.append(error)
+
             with _running(Engine()) as engine:
-                for program in range(grid[0]):
-                    failures = []
-                    self._function(program, grid[0], engine, failures)(*arguments, PLAN)
-                    for failure in failures:
-                        raise failure
+                threads = [threading.Thread(target=programs) for _ in range(min(self.at_once, grid[0]))]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            for failure in failures:
+                raise failure
 
         return run
 
