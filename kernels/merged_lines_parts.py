@@ -73,16 +73,6 @@ def asked(pointers, mask, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def stored(pointers, x, mask, MASKED: gl.constexpr):
-    """x is, rounded to what stands there; without a mask where none is needed."""
-    x = x.to(pointers.dtype.element_ty)
-    if MASKED:
-        gl.store(pointers, x, mask=mask)
-    else:
-        gl.store(pointers, x)
-
-
-@gluon.jit
 def shown(x, lane):
     """x of the lane whose number is the low 5 bits of `lane`."""
     x, lane = gl.broadcast(x, lane)
@@ -130,8 +120,8 @@ def dealt_a(a_ptr, part, stride_ar: gl.constexpr, RANK: gl.constexpr, BLOCK_R: g
 
 
 @gluon.jit
-def parts_of_a(a_ptr, stride_ar: gl.constexpr, RANK: gl.constexpr, BLOCK_R: gl.constexpr, TILE: gl.constexpr):
-    """`dealt_a` of each part."""
+def dealt_parts(a_ptr, stride_ar: gl.constexpr, RANK: gl.constexpr, BLOCK_R: gl.constexpr, TILE: gl.constexpr):
+    """`dealt_a` of all parts."""
     a = ()
     for part in gl.static_range(8 // TILE.C):
         a += (dealt_a(a_ptr, part, stride_ar, RANK, BLOCK_R, TILE),)
@@ -191,40 +181,48 @@ def lane_blocks(TILE: gl.constexpr):
 
 
 @gluon.jit
-def absmax_asked(
-    block, mask, absmax_ptr, nested_absmax_ptr, UNITS: gl.constexpr, DOUBLE_QUANT: gl.constexpr, MASKED: gl.constexpr
-):
-    """What makes up the absmax of blocks of 64 numbers, UNITS of which share one: it, or its code and nested_absmax."""
-    absmax = asked(absmax_ptr + block // UNITS, mask, MASKED)
-    nested_absmax = 0.0
-    if DOUBLE_QUANT:
-        nested_absmax = asked(nested_absmax_ptr + block // (256 * UNITS), mask, MASKED)
-    return absmax, nested_absmax
+def absmax_of(index, nested_absmax, tables):
+    """absmax in fp32, of its code."""
+    nested_code_ptr, offset = tables
+    return gl.load(nested_code_ptr + index.to(gl.int32)) * nested_absmax + offset
 
 
 @gluon.jit
-def absmax_of(asked, nested_code_ptr, offset, DOUBLE_QUANT: gl.constexpr):
-    """absmax in fp32."""
-    absmax, nested_absmax = asked
-    if DOUBLE_QUANT:
-        absmax = gl.load(nested_code_ptr + absmax.to(gl.int32)) * nested_absmax + offset
-    return absmax
-
-
-@gluon.jit
-def lane_pointers(
-    words_ptr, w_ptr, first_row, first_col, words_k: gl.constexpr, stride_wn: gl.constexpr, stride_wk: gl.constexpr,
-    TILE: gl.constexpr,
-):  # fmt: skip
-    """(where a lane's words stand, and its part of W; how far its words and numbers lie beyond; the words' rows).
+def lane_pointers(w_ptr, first_row, first_col, stride_wn: gl.constexpr, stride_wk: gl.constexpr, TILE: gl.constexpr):
+    """(where a lane's part of W stands; how far its numbers lie beyond; their rows).
 
     One pointer a lane: what its registers differ by is a constant, and stands in the instruction.
     """
     j, warp, t, g, c = places(TILE)
-    word_ptrs = words_ptr + first_row * words_k + first_col // 8 + (8 * t * words_k + 8 * warp + g)
     w_ptrs = w_ptr + first_row * stride_wn + first_col.to(gl.int64) * stride_wk
     w_ptrs += gl.expand_dims(8 * t * stride_wn + (64 * warp + 8 * g) * stride_wk, 4)
-    return word_ptrs, w_ptrs, j * words_k, gl.expand_dims(j * stride_wn, 4) + c * stride_wk, 8 * t + j
+    return w_ptrs, gl.expand_dims(j * stride_wn, 4) + c * stride_wk, 8 * t + j
+
+
+@gluon.jit
+def loaded(
+    pointers, tables, first_row, first_col, left,
+    K: gl.constexpr, stride_bn: gl.constexpr, UNITS: gl.constexpr, RANK: gl.constexpr, EVEN: gl.constexpr,
+    RING: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """What a turn from `first_row` on takes, in the place of merged_lines_ring's `taken`: by loads, there and then."""
+    words_ptr, b_ptr, absmax_ptr, nested_absmax_ptr, inverse_ptr = pointers
+    _, lane_row, lane_block = lane_blocks(TILE)
+    mask, inverse = lane_row < left, 1.0
+    block = ((first_row * (K // 64)).to(gl.int32) + first_col // 64 + (lane_row * (K // 64) + lane_block)) // UNITS
+    absmax = asked(absmax_ptr + block, mask, not EVEN)
+    if RING.DOUBLE_QUANT:
+        nested_absmax = asked(nested_absmax_ptr + block // 256, mask, not EVEN)
+        absmax = absmax_of(absmax, nested_absmax, tables)
+    j, warp, t, g, _ = places(TILE)
+    word_ptrs = words_ptr + first_row * (K // 8) + first_col // 8 + (8 * t * (K // 8) + 8 * warp + g)
+    words = asked(word_ptrs + j * (K // 8), 8 * t + j < left, not EVEN)
+    lane, beyond, row, number = b_places(stride_bn, RING.BLOCK_R, TILE)
+    b_ptrs = b_ptr + first_row * stride_bn + lane + beyond
+    b = asked(b_ptrs, (row < left) & (number < RANK), not EVEN or RANK != RING.BLOCK_R)
+    if RING.SCALED_ROWS:
+        inverse = asked(inverse_ptr + first_row + lane_row, mask, not EVEN)
+    return words, b, absmax, inverse
 
 
 @gluon.jit

@@ -52,6 +52,9 @@ CHECKS = {
         ("attention_varlen",),
         "(do_not_leak or one_by_one or own_tiles) and not fp16",
     ),
+    "attention_backward_hopper": Check(
+        ("attention_backward_hopper",), ("attention_backward_hopper",), "close_to_the_truth"
+    ),
     "attention_hopper": Check(("attention_hopper",), ("attention_hopper",), "close_to_the_truth"),
     "cross_entropy": Check(("cross_entropy",), ("cross_entropy",), f"({SMALL}) or gradient_in_the_forward"),
     "fp8": Check(("fp8_rows", "rms_norm_fp8", "swiglu_fp8"), ("fp8_rows",), "(kernel or norm or swiglu) and not fp16"),

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 from compiled import compile_all, interpret, pretended
+from late_copies import Copies
 from tolerance import assert_as_close_as_torch
 
 from fastkit.kernels import merged_dequantize, nf4
 from fastkit.kernels import merged_lines as module
 from fastkit.kernels import merged_lines_parts as parts
+from fastkit.kernels import merged_lines_ring as ring
 from fastkit.kernels.common import INTERPRETED, tl
 from fastkit.kernels.fp8_scale import FP8, lacks_fp8, reference_fp8
+from fastkit.lab.bank_conflicts import shared_accesses
 from fastkit.lab.gluon_interpreter import _language
 from fastkit.lab.launches import catch
+from fastkit.lab.occupancy import resident_blocks
 from fastkit.lab.portability import misfit
 from fastkit.ops import dequantize_nf4
 from fastkit.ops import merged_dequantize as merge
@@ -32,6 +36,9 @@ SHAPES = [  # N, K, r, blocksize, double_quant
     (100, 768, 16, 256, False),
     (96, 512, 32, 64, True),
     (31, 1024, 32, 512, True),
+    (161, 256, 16, 64, True),
+    (150, 512, 8, 64, False),
+    (160, 512, 32, 64, False),
 ]
 
 
@@ -131,7 +138,8 @@ def test_all_programs_run_at_once_and_none_is_idle(on_gpu):
         (launch,) = catch(lambda: module.launch(weight, A, B, 1.0, w))  # noqa: B023
         rows, wide = 32 * launch.arguments["turns"], K // 256
         down = launch.grid[0] // wide
-        assert launch.grid[0] <= max(wide, 7 * sms) and (down - 1) * rows < N <= down * rows
+        programs, _ = resident_blocks(arch, launch.options["maxnreg"], ring.ring_bytes(launch.arguments["RING"]), 4)
+        assert launch.grid[0] <= max(wide, programs * sms) and (down - 1) * rows < N <= down * rows
 
 
 # Its addresses, in Triton's interpreter
@@ -154,17 +162,27 @@ def interpreted(monkeypatch, on_gpu):
     if not INTERPRETED:
         pytest.skip("on a GPU it runs")
     on_gpu("sm_90", 1)
+    monkeypatch.setattr(module, "_resident", lambda *_: 2)  # some turns
     language = _language(tl, module.gl)
     language.static_range = range
-    for kernels in (parts, module):
+    for kernels in (parts, ring, module):
         interpret(monkeypatch, kernels)
     for BLOCK_R, transposed in itertools.product((16, 32), (False, True)):  # made by the true gl, and kept
         parts.tile(BLOCK_R, transposed)
-    for kernels in (parts, module):
+        for stages, double_quant in itertools.product((1, 2, 3, 4), (False, True)):
+            for scaled_rows in (False, True):
+                ring.ring(stages, BLOCK_R, double_quant, scaled_rows)
+    for kernels in (parts, ring, module):
         monkeypatch.setattr(kernels, "gl", language)
+    copies = Copies()
+    language.allocate_shared_memory = copies.allocate
+    monkeypatch.setattr(ring, "async_copy", copies)
+    monkeypatch.setattr(ring, "barrier", copies.barrier)
+    monkeypatch.setattr(ring, "_nought", lambda: 0)
     monkeypatch.setattr(parts, "mma_v2", lambda a, b, delta: tl.dot(a, b, delta))
     monkeypatch.setattr(parts, "shown", lambda x, lane: lane_of(x, lane, half=False))
     monkeypatch.setattr(parts, "looked_up", lambda code, index: lane_of(code, index, half=True))
+    return copies
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
@@ -178,18 +196,47 @@ def test_every_number_comes_from_its_place(N, K, r, blocksize, double_quant, tra
     assert untouched(w, buffer)
     module.launch(weight, A, torch.zeros_like(B), SCALING, w, transposed)
     assert torch.equal(w, nf4.reference(weight).T if transposed else nf4.reference(weight))
+    assert interpreted.words == (2 * N * K // 8 if blocksize == 64 and r % 8 == 0 else 0)  # each once a launch
+    assert interpreted.nothing_is_left()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_every_turn_comes_in_its_place(stages, interpreted, monkeypatch):
+    """However far ahead the turns are asked for, of which there are fewer than stages or more."""
+    monkeypatch.setattr(module, "STAGES", stages)
+    for N in (31, 192):
+        weight, A, B = inputs(N, 512, 16, dtype=torch.float16, device="cpu")
+        w = torch.empty(N, 512, dtype=torch.float16)
+        module.launch(weight, A, B, SCALING, w)
+        truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float64)
+        torch.testing.assert_close(w.double(), truth, rtol=2e-3, atol=2e-3)
+    assert interpreted.words == ((31 + 192) * 512 // 8 if stages > 1 else 0) and interpreted.nothing_is_left()
+
+
+def test_what_does_not_lie_as_copies_want_it_is_loaded(interpreted):
+    weight, A, B = inputs(64, 256, 16, dtype=torch.float16, device="cpu")
+    shifted = torch.empty(B.numel() + 1, dtype=B.dtype)[1:].view(B.shape).copy_(B)
+    spread = torch.empty(64, 20, dtype=B.dtype)[:, :16].copy_(B)
+    expected = torch.empty(64, 256, dtype=torch.float16)
+    module.launch(weight, A, B, SCALING, expected)
+    words = interpreted.words
+    for other in (shifted, spread):
+        w = torch.empty_like(expected)
+        module.launch(weight, A, other, SCALING, w)
+        assert torch.equal(w, expected) and interpreted.words == words > 0
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_every_row_has_its_scale(transposed, interpreted):
     """Interpreted, a number that is rounded up to a power of two ends at half of it."""
-    weight, A, B = inputs(70, 512, 16, dtype=torch.float16, device="cpu")
-    w = torch.empty(turned((70, 512), transposed), dtype=FP8)
-    inverse = 0.5 + torch.rand(len(w))
-    module.launch(weight, A, B, SCALING, w, transposed, inverse)
-    truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float32)
-    truth = truth.T if transposed else truth
-    torch.testing.assert_close(w.float(), reference_fp8(truth, 1 / inverse).float(), rtol=0.51, atol=2**-8)
+    for N, r in ((70, 16), (70, 5)):
+        weight, A, B = inputs(N, 512, r, dtype=torch.float16, device="cpu")
+        w = torch.empty(turned((N, 512), transposed), dtype=FP8)
+        inverse = 0.5 + torch.rand(len(w))
+        module.launch(weight, A, B, SCALING, w, transposed, inverse)
+        truth = merged_dequantize.reference(weight, A, B, SCALING, torch.float32)
+        truth = truth.T if transposed else truth
+        torch.testing.assert_close(w.float(), reference_fp8(truth, 1 / inverse).float(), rtol=0.51, atol=2**-8)
 
 
 def test_lanes_stand_where_the_shuffles_look_for_them():
@@ -206,12 +253,18 @@ def test_lanes_stand_where_the_shuffles_look_for_them():
 # Its machine code
 
 
+def programs_of(made) -> int:
+    """Programs of a launch as it is compiled that an SM holds."""
+    return resident_blocks(made.arch, made.registers, made.shared_bytes, made.num_warps)[0]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled_code(arch, on_gpu):
-    """Nothing goes through shared memory, stores are 16 bytes a lane (8 of FP8), registers let so many programs in.
+    """Words, B and absmax come through shared memory, without bank conflicts; W goes nowhere but to its place.
 
+    Copies are 16 bytes a lane, but for codes of absmax, nested_absmax and scales of rows: 4. Stores are 16 (8 of FP8).
     Of shuffles a turn has one for each of a lane's 64 numbers and 8 rows, and their scales; before it, A takes one a
-    register.
+    register. A turn has two barriers; the third is the last.
     """
     on_gpu(arch)
     for name, example in module.examples().items():
@@ -219,26 +272,39 @@ def test_compiled_code(arch, on_gpu):
         if fp8 and arch in ("sm_80", "sm_86"):
             continue
         (made,) = compile_all(example, arch)
-        assert made.kernel == "_lines_kernel" and not misfit(made) and made.spilled_bytes == 0 == made.shared_bytes
-        assert {k for k in made.instructions if k.startswith("st.global")} == {f"st.global.{64 if fp8 else 128}"}
-        assert made.instructions["HMMA"] == r
-        assert made.instructions["shfl"] == 64 + 8 + 8 * (fp8 and not transposed) + r
-        programs = module._resident(16 if r <= 16 else 32, True, fp8, False, arch)
-        assert 128 * made.registers * programs <= 65536
+        assert made.kernel == "_lines_kernel" and not misfit(made) and made.spilled_bytes == 0
+        scaled_rows, made_of = fp8 and not transposed, made.instructions
+        assert {k for k in made_of if k.startswith("st.")} == {f"st.global.{64 if fp8 else 128}"}
+        assert made_of["cp.async.128"] == 2 * 3 and made_of["cp.async.32"] == 2 * (2 + scaled_rows)
+        assert made_of["HMMA"] == r and made_of["bar.sync"] == 3
+        assert made_of["shfl"] == 64 + 8 + 8 * scaled_rows + r
+        form = ring.ring(2, r, True, scaled_rows)
+        assert made.shared_bytes == ring.ring_bytes(form)
+        registers, _ = module._registers(form, transposed, fp8, arch)
+        assert made.registers <= registers and module._resident(form, registers, arch) <= programs_of(made)
+        reads = [access for access in shared_accesses(made, lambda place: (0, "")) if access.kind == "load"]
+        assert len(reads) == 4 and {access.conflicts for access in reads} == {0}  # both of rows count as one
 
 
-@pytest.mark.parametrize(("N", "r", "double_quant"), [(77, 16, True), (77, 32, True), (64, 5, True), (64, 16, False)])
-def test_compiled_code_of_other_cases(N, r, double_quant, on_gpu):
+OTHERS = [  # N, r, blocksize, double_quant
+    (77, 16, 64, True), (77, 32, 64, True), (64, 8, 64, True), (64, 16, 64, False), (77, 32, 64, False),
+    (77, 5, 64, True), (64, 32, 128, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("N", "r", "blocksize", "double_quant"), OTHERS)
+def test_compiled_code_of_other_cases(N, r, blocksize, double_quant, on_gpu):
     for arch in ("sm_80", "sm_90"):
         on_gpu(arch)
-        weight = nf4.empty_nf4((N, 4096), torch.float16, 64, double_quant, "meta")
+        weight = nf4.empty_nf4((N, 4096), torch.float16, blocksize, double_quant, "meta")
         shapes = (r, 4096), (N, r), (N, 4096)
         A, B, w = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
         (made,) = compile_all(lambda: module.launch(weight, A, B, 1.0, w), arch)  # noqa: B023
-        assert made.spilled_bytes == 0 == made.shared_bytes
-        masked = N % 32 > 0 or r == 5
-        programs = module._resident(16 if r <= 16 else 32, double_quant, False, masked, arch)
-        assert 128 * made.registers * programs <= 65536
+        form = ring.ring(module._stages(weight, B), 16 if r <= 16 else 32, double_quant, False)
+        assert made.spilled_bytes == 0 and made.shared_bytes == ring.ring_bytes(form)
+        assert (made.shared_bytes > 0) == (blocksize == 64 and r % 8 == 0)
+        registers, _ = module._registers(form, False, N == 77 or r == 5, arch)
+        assert module._resident(form, registers, arch) <= programs_of(made)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "gfx942"])
