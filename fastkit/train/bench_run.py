@@ -65,7 +65,8 @@ class Run:
     def update(self) -> None:
         """The optimizer's part of a step."""
         self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self.trained:  # zero_grad asks all of a model's modules, while the GPU waits: 2 ms of 7B
+            parameter.grad = None
 
     def step(self, ids: torch.Tensor) -> tuple[float, float]:
         """(seconds by the wall clock between two waits for the device, the loss) of a step."""
