@@ -10,7 +10,8 @@ x @ w.T with w8 and scale_w of `kernels/merged_dequantize.py`. As each row has a
 gradients are small loses no more than one whose are large.
 
 A product of such rows and a weight of one scale can leave their scales to whoever reads its result, if that kernel can
-multiply (`swiglu_fp8.py`). For others `launch_scaled` does it, in the pass that adds the residual, or in place.
+multiply (`swiglu_fp8.py`, `rms_norm_fp8.py` with the residual). For others `launch_scaled` does it, in the pass that
+adds the residual, or in place.
 
 The largest number of a row must be known before the first is written, so a program walks along its rows twice. The
 second walk finds its numbers in registers, where a row fits one block, or else in the cache. `rms_norm_fp8.py`,
@@ -99,10 +100,13 @@ def _scaled_kernel(
     cols = tl.program_id(0) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = x * tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
-    if residual_ptr is not None:
-        residual = residual_ptr + rows[:, None] * stride_residualm + cols[None, :]
-        y += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    if residual_ptr is None:
+        y = x * scale
+    else:
+        residual_rows = residual_ptr + rows[:, None] * stride_residualm
+        residual = tl.load(residual_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.fma(x, scale, residual)  # rms_norm_fp8.py's bits
     tl.store(y_ptr + rows[:, None] * stride_ym + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
