@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastkit.kernels import fp8_rows, fp8_scale, rms_norm, rms_norm_fp8, rope_fp8, swiglu, swiglu_fp8
 from fastkit.lab.portability import misfit
+from fastkit.models import pieces
 from fastkit.ops import quantize_rows_fp8
 
 FP8 = torch.float8_e4m3fn
@@ -117,6 +118,44 @@ def test_norm_backward(M, N, given, weight_grad, dtype, device):
     fp8_rows.launch(dx, their_x8, their_scale)
     assert torch.equal(dx, plain)
     assert torch.equal(scale, their_scale) and torch.equal(dx8.view(torch.uint8), their_x8.view(torch.uint8))
+
+
+@pytest.mark.parametrize("over", ["nothing", "x", "z"])
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (5, 7), (3, 33), (70, 100), (64, 896), (2, 5000)])
+def test_norm_of_a_sum(M, N, over, dtype, device):
+    """h, y8, scale and rstd are, bit by bit, those of two passes; of a row of zeros and of wide tensors too."""
+    x, z = rows(M, 2 * N, dtype, device)[:, N:], rows(M, 3 * N, dtype, device)[:, N : 2 * N]
+    x[1:2], z[1:2] = 0, 0
+    weight, factor = torch.randn(N, device=device).to(dtype), factors(M, True, device)
+    their_h, theirs = torch.empty_like(x), (*empty(M, N, device), torch.empty(M, device=device))
+    fp8_rows.launch_scaled(z, factor, x, their_h)
+    rms_norm_fp8.launch(their_h, weight, 1e-5, *theirs)
+    h = {"nothing": torch.empty_like(x), "x": x, "z": z}[over]
+    ours = (*empty(M, N, device), torch.empty(M, device=device))
+    rms_norm_fp8.launch(x, weight, 1e-5, *ours, z, factor, h)
+    assert torch.equal(h, their_h) and h.any()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.float16])
+@pytest.mark.parametrize("N", [48, 8200])  # 8200: longer than a block
+def test_norm_of_a_sum_as_of_its_steps(N, stream, device):
+    weight = pieces.Norm(torch.randn(N, device=device), 1e-5)
+    residual = torch.randn(5, N, device=device).to(stream)
+    y = pieces.Unscaled(torch.randn(5, N, device=device).to(torch.float16), factors(5, True, device))
+    their_h = y.scaled(residual)
+    theirs, their_rstd = pieces.norm(their_h, weight, FP8)
+    h, n, rstd = pieces.norm_of_sum(y, residual, weight)
+    assert h.dtype == stream and torch.equal(h, their_h) and torch.equal(rstd, their_rstd)
+    assert torch.equal(n.numbers.view(torch.uint8), theirs.numbers.view(torch.uint8))
+    assert torch.equal(n.scale, theirs.scale)
+
+
+def test_norm_of_a_sum_longer_than_a_block(device):
+    x, (y8, scale) = torch.ones(1, 8200, device=device), empty(1, 8200, device)
+    with pytest.raises(ValueError, match="sums rows of 8192 numbers at most, and these have 8200"):
+        rms_norm_fp8.launch(x, x[0], 1e-5, y8, scale, scale.clone(), x, scale, x)
 
 
 # --- by SwiGLU
@@ -229,10 +268,15 @@ def test_compiled_code(arch):
     for name in ("backward 8192x4096", "backward 8192x5120"):
         (made,) = compile_all(rms_norm_fp8.examples()[name], arch)
         assert not faults(made, narrow=3)  # rstd, factor, scale
+    for name in ("sum and norm 8192x4096", "sum and norm 8192x5120"):
+        (made,) = compile_all(rms_norm_fp8.examples()[name], arch)
+        assert not faults(made, narrow=3)  # factor, rstd, scale
+        assert made.instructions["ld.global.128"] == 6  # x, z and the weights, each once
 
 
 def test_costs():
     assert fp8_rows.cost(10, 100).bytes_moved == 10 * 100 * 3 + 40
     assert rms_norm_fp8.cost(10, 100).bytes_moved == 10 * 100 * 3 + 200 + 80
+    assert rms_norm_fp8.cost(10, 100, sums=True).bytes_moved == 10 * 100 * 7 + 200 + 120
     forward, backward = swiglu_fp8.cost(10, 100)
     assert forward.bytes_moved == 10 * 100 * 5 + 40 and backward.bytes_moved == 10 * 100 * 14 + 40

@@ -118,6 +118,22 @@ def _norm_fp8(x: torch.Tensor, weight: Norm) -> tuple[FP8Rows, torch.Tensor]:
     return y, rstd
 
 
+def norm_of_sum(y: Unscaled, residual: torch.Tensor, weight: Norm) -> tuple[torch.Tensor, FP8Rows, torch.Tensor]:
+    """(h = y.scaled(residual) [M, N], its norm in FP8, rstd [M]), in one pass where a row fits one block.
+
+    Overwrites y, if h fits it.
+    """
+    numbers = y.numbers
+    if not on_fp8_kernels("rms_norm_fp8", numbers) or numbers.shape[1] > rms_norm.MAX_BLOCK_N:
+        h = y.scaled(residual)
+        return h, *norm(h, weight, FP8)
+    h = numbers if numbers.dtype == residual.dtype else torch.empty_like(numbers, dtype=residual.dtype)
+    n = FP8Rows.empty(*h.shape, h.device)
+    rstd = torch.empty_like(n.scale)
+    rms_norm_fp8.launch(as_rows(residual), weight.weight, weight.eps, *n, rstd, *y, h)
+    return h, n, rstd
+
+
 def norm_backward(
     dy: torch.Tensor | Unscaled, x: torch.Tensor, weight: Norm, rstd: torch.Tensor,
     dresidual: torch.Tensor | None = None, weight_grad: bool = False, dx8: "FP8Rows | None" = None,
