@@ -60,7 +60,7 @@ class AttentionHalf(Half):
     def forward(self, x, keep):
         qkv, rstd = self._project(x)
         attended = pieces.attend(*self._heads(qkv), self.options)
-        y = self.o.forward(self._flat(attended.o), residual=x)
+        y = self.added(x, self.o, self._flat(attended.o))
         if keep:
             self.rstd = rstd
             kept = {"x": x}
@@ -128,7 +128,7 @@ class AttentionHalf(Half):
 
     def _project(self, x: torch.Tensor, W: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, k and v [M, N] as they are kept: turned already where they have no norms, rstd [M])."""
-        n, rstd = pieces.norm(x, self.norm, self.qkv.factors)
+        n, rstd = self.normed(x, self.qkv)
         if self.qk_norms is not None:
             return self.qkv.forward(n, W=W), rstd
         qkv, scale = pieces.apart(self.qkv.forward(n, W=W, unscaled=True))

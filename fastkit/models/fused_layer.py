@@ -145,8 +145,11 @@ def _hooked(module: nn.Module) -> bool:
 class FusedLayer:
     """`forward` of one decoder layer, in its place on the instance.
 
-    plan    of its backward; None: as the gradient checkpointing flag asks. It may be set between steps.
+    plan        of its backward; None: as the gradient checkpointing flag asks. It may be set between steps.
+    following   the norm that the next layer begins with, if that is fused too
     """
+
+    following: nn.Module | None = None
 
     def __init__(self, layer: nn.Module, shared: Shared, plan: Plan | None):
         self.layer, self.shared, self.plan = layer, shared, plan
@@ -200,7 +203,16 @@ class FusedLayer:
             parts.norms[0], qkv, parts.qk_norms, o, (B, T, heads, key_heads, D), position_embeddings,
             pieces.Attend(attention.scaling, window, packed), plan, self.shared.keeper,
         )  # fmt: skip
-        return first, MLPHalf(parts.norms[1], gate_up, down, plan, self.shared.keeper, first.again)
+        second = MLPHalf(parts.norms[1], gate_up, down, plan, self.shared.keeper, first.again)
+        first.next_norm, second.next_norm = second.norm, self._following(x.device)
+        return first, second
+
+    def _following(self, device: torch.device) -> pieces.Norm | None:
+        """`following`, where its weight is at hand: not elsewhere, nor in parts, as under FSDP2 until its turn."""
+        weight = None if self.following is None else self.following.weight
+        if type(weight) is not nn.Parameter or weight.device != device:
+            return None
+        return pieces.Norm(weight, self.following.variance_epsilon)
 
 
 def _window(attention: nn.Module) -> int | None:

@@ -8,6 +8,10 @@ second time but what its plan says.
 In FP8 a half's dx is needed twice by the half that gets it: as it is, and in FP8 for a product. The norm's kernel has
 its rows in hand and writes both; the second waits, by a weak reference, for whoever is called with the first as it was.
 A sum with other gradients, or what a hook made of it, is another tensor or another version, and is quantized anew.
+
+A half's y, likewise, is what the half after it takes the norm of, in FP8. One kernel adds up y and norms it; the norm
+waits for whoever is called with y as it was and has that same norm. It waits for the next half alone: most plans keep y
+until the backward, and a norm that nobody took would stay with it.
 """
 
 import torch
@@ -22,6 +26,8 @@ from fastkit.models.plans import Plan
 from fastkit.models.projection import Group
 
 _written = WeakTensorKeyDictionary()  # by a half's dx: (its version, itself in FP8)
+_normed = WeakTensorKeyDictionary()  # by a half's y, one at most: (its version, a norm, what that made of it)
+Ahead = tuple[pieces.FP8Rows, torch.Tensor]  # a norm's output, and its rstd [M]
 
 
 class Half:
@@ -29,14 +35,18 @@ class Half:
 
     keeper and kept   where what the plan keeps goes, and what went there
     dy8 and dx8       dy and dx in FP8, where they were written
+    n and next_n      the norms of x, and of y by next_norm, where they were taken with the sums that x and y are
     """
 
     norm: pieces.Norm  # of the half's input
+    next_norm: pieces.Norm | None = None  # of its output, in the half after it, if known
     plan: Plan
     keeper: Keeper
     kept: Kept | None = None
     dy8: pieces.FP8Rows | None = None
     dx8: pieces.FP8Rows | None = None
+    n: Ahead | None = None
+    next_n: Ahead | None = None
 
     def parameters(self) -> list[torch.Tensor]:
         """The adapters' A and B, in the order of the last of what `backward` returns."""
@@ -54,8 +64,26 @@ class Half:
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """y [B, T, K] of x [B, T, K], differentiable once in x, the norm's weight and the adapters."""
+        self.n = _waiting(x, self.norm)
         with torch.autocast(x.device.type, enabled=False):
-            return _Function.apply(self, x, self.norm.weight, *self.parameters())
+            y = _Function.apply(self, x, self.norm.weight, *self.parameters())
+        if self.next_n is not None:
+            _normed[y], self.next_n = (y._version, self.next_norm, self.next_n), None
+        return y
+
+    def normed(self, x: torch.Tensor, group: Group) -> tuple[torch.Tensor | pieces.FP8Rows, torch.Tensor]:
+        """(the norm of x [M, K] as `group` multiplies it, rstd [M]); in a forward x is all that the half was given."""
+        found, self.n = self.n, None
+        return found or pieces.norm(x, self.norm, group.factors)
+
+    def added(self, x: torch.Tensor, group: Group, a: torch.Tensor | pieces.FP8Rows) -> torch.Tensor:
+        """y [M, K] = x + the product of `group` with a; and its norm ahead, where it is there as a whole and in FP8."""
+        whole = self.next_norm is not None and self.plan.chunks == 1 and x.dtype == group.dtype
+        if not whole or group.factors != FP8 or any(p.bias is not None for p in group.projections):
+            return group.forward(a, residual=x)
+        y, *next_n = pieces.norm_of_sum(group.forward(a, unscaled=True), x, self.next_norm)
+        self.next_n = tuple(next_n)
+        return y
 
     def keep(self, **tensors: torch.Tensor) -> None:
         self.kept = self.keeper.keep(tensors, self.plan.offload)
@@ -70,6 +98,14 @@ class Half:
         fits = x.dtype == group.dtype and x.shape[1] <= MAX_BLOCK_N and self.plan.chunks == 1
         self.dx8 = pieces.FP8Rows.empty(*x.shape, x.device) if group.factors == FP8 and fits else None
         return self.dx8
+
+
+def _waiting(x: torch.Tensor, norm: pieces.Norm) -> Ahead | None:
+    """`norm` of x if it was taken before, of x as it is now. Nothing waits any more afterwards."""
+    version, taken, found = _normed.pop(x, (None, None, None))
+    _normed.clear()
+    same = found is not None and version == x._version and taken.weight is norm.weight and taken.eps == norm.eps
+    return found if same else None
 
 
 class _Function(torch.autograd.Function):

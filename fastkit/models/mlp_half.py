@@ -55,7 +55,7 @@ class MLPHalf(Half):
     def forward(self, x, keep):
         parts, kept = [], {}
         for part in self._chunks(x):
-            n, rstd = pieces.norm(part, self.norm, self.gate_up.factors)
+            n, rstd = self.normed(part, self.gate_up)
             keeps = keep and self.plan.gate_up
             a = None if keeps else self.gate_up.gated(n)
             hidden = self.gate_up.forward(n, unscaled=True) if a is None else None  # [M, 2 I]: g and u
@@ -65,7 +65,7 @@ class MLPHalf(Half):
             if keeps:
                 kept["hidden"], self.factor = pieces.apart(hidden)
             del hidden  # unless kept, before the next product
-            parts.append((self.down.forward(a, residual=part), rstd))
+            parts.append((self.added(part, self.down, a), rstd))
             del a
         y, rstd = (_joined(each) for each in zip(*parts, strict=True))
         if keep:

@@ -4,6 +4,7 @@ import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -116,7 +117,16 @@ def patch(model: nn.Module, plan: Plans = None, layers: bool = True, compute: st
             else:
                 module.lm_head.forward, module._loss_function = FusedHead(module.lm_head), FusedLoss()
                 report.heads += 1
+    _link(model)
     return report
+
+
+def _link(model: nn.Module) -> None:
+    """Tell each fused layer of `model` what comes after it."""
+    forwards = [vars(module).get("forward") for module in model.modules() if is_decoder_layer(module)]
+    for ours, after in pairwise([*forwards, None]):
+        if isinstance(ours, FusedLayer):
+            ours.following = after.layer.input_layernorm if isinstance(after, FusedLayer) else None
 
 
 def set_plan(model: nn.Module, plan: Plans) -> None:
@@ -192,6 +202,7 @@ def _unpatch(model: nn.Module, keep: set[nn.Module]) -> None:
                 del module.forward
             if _has_our_loss(module):
                 del module._loss_function
+    _link(model)
 
 
 def _why_not(layer: nn.Module, name: str, report: Report) -> str | None:

@@ -18,10 +18,10 @@ norms or a bias, and for the gradient of attention's output, cuBLAS multiplies b
 on, at the same rate (1,279 and 1,271 TFLOP/s of 8192x4096x4096 on an H200). Elsewhere that is a pass, in place: with a
 scale a row torch has CUTLASS's kernel, slower on long sums (pytorch/pytorch issue 153809), or none (192707: sm_120).
 
-Where a kernel holds a row it writes that in FP8 itself: the norm, SwiGLU, and the backward of both; that of the norm
-for the half that gets the gradient, beside it (`half.py`); and RoPE's backward (`kernels/rope_fp8.py`), unless it works
-in place, which our attention leaves it to do, or norms come after it. The attention's output and the gradient that the
-last layer gets take a pass of their own.
+Where a kernel holds a row it writes that in FP8 itself: the norm, which adds the residual to what it reads in the same
+pass, SwiGLU, and the backward of both; that of the norm for the half that gets the gradient, beside it (`half.py`); and
+RoPE's backward (`kernels/rope_fp8.py`), unless it works in place, which our attention leaves it to do, or norms come
+after it. The attention's output and the gradient that the last layer gets take a pass of their own.
 
 The adapters' gradients come of x and dy in the compute dtype, as in `projection.py`; so do norms and attention.
 

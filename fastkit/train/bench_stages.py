@@ -36,6 +36,7 @@ from fastkit.models.projection import Group
 STAGE, PART = "fastkit stage: ", "fastkit part: "
 STAGES = ("forward", "loss", "backward", "optimizer")
 END, OTHER, BESIDE, UNKNOWN = "end", "other", "beside", "unknown"
+ELEMENTWISE = ("norm", "norm_of_sum", "norm_backward", "rotate_", "turned_back_fp8", "gated", "gated_backward_as_")
 PARTS = {  # what of a layer runs as what
     "products": (
         (Group, "gated"),
@@ -44,10 +45,7 @@ PARTS = {  # what of a layer runs as what
     "merging": ((Group, "weight"), (FP8Group, "weight_fp8")),
     "adapters": ((Group, "gradients"),),
     "attention": ((pieces, "attend"), (pieces, "attend_backward")),
-    "elementwise": tuple(
-        (pieces, name)
-        for name in ("norm", "norm_backward", "rotate_", "turned_back_fp8", "gated", "gated_backward_as_")
-    ),
+    "elementwise": tuple((pieces, name) for name in ELEMENTWISE),
     "quantizing": ((pieces, "quantized"),),
 }
 
