@@ -161,7 +161,7 @@ def test_a_result_before_its_rows_scales(device, fresh_seed, residual):
     group, x = group_of((48, 32), 64, device, dtype), torch.randn(5, 64, device=device).to(dtype)
     dy, residual = torch.randn(5, 80, device=device).to(dtype), torch.randn(5, 80, device=device) if residual else None
     for made, whole in (
-        (group.forward(x, unscaled=True), group.forward(x, residual)),
+        (group.unscaled(x), group.forward(x, residual)),
         (group.input_gradient(dy, unscaled=True), group.input_gradient(dy)),
     ):
         assert isinstance(made, pieces.Unscaled) and made.numbers.dtype == dtype

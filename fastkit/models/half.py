@@ -81,7 +81,7 @@ class Half:
         whole = self.next_norm is not None and self.plan.chunks == 1 and x.dtype == group.dtype
         if not whole or group.factors != FP8 or any(p.bias is not None for p in group.projections):
             return group.forward(a, residual=x)
-        y, *next_n = pieces.norm_of_sum(group.forward(a, unscaled=True), x, self.next_norm)
+        y, *next_n = pieces.norm_of_sum(group.unscaled(a), x, self.next_norm)
         self.next_n = tuple(next_n)
         return y
 

@@ -12,11 +12,13 @@ backward writes the weight anew, as V8 [K, N] = W8.T, of the same scale:
 
 Weights below each other in W lie side by side in V.
 
-The product itself is scaled by sw alone, and sx waits for whoever reads y: SwiGLU, its backward, the norms' and RoPE,
-which takes v too, multiply by it as they read, and where a residual is added, so does that pass. For q, k and v with
-norms or a bias, and for the gradient of attention's output, cuBLAS multiplies by both where it can, on sm_90 from 12.9
-on, at the same rate (1,279 and 1,271 TFLOP/s of 8192x4096x4096 on an H200). Elsewhere that is a pass, in place: with a
-scale a row torch has CUTLASS's kernel, slower on long sums (pytorch/pytorch issue 153809), or none (192707: sm_120).
+Where W has more rows than columns, the product itself is scaled by both: cuBLAS does that on sm_90 from 12.9 on, and is
+faster then (8192x28672x4096, H200: 1.45 ms and 1.52; a step of Mistral-7B 344 and 347). Elsewhere by sw alone, which is
+faster on long sums (8192x4096x28672: 1.44 and 1.47). There sx waits for whoever reads y: the norms' backward multiplies
+by it as it reads, and where a residual is added, so does that pass; the gradient of attention's output, with no such
+reader, is scaled by cuBLAS as well. On other cards SwiGLU, its backward and RoPE, which takes v too, multiply too, and
+what nobody does takes a pass, in place: with a scale a row torch has CUTLASS's kernel, slower on long sums
+(pytorch/pytorch issue 153809), or none (192707: sm_120).
 
 Where a kernel holds a row it writes that in FP8 itself: the norm, which adds the residual to what it reads in the same
 pass, SwiGLU, and the backward of both; that of the norm for the half that gets the gradient, beside it (`half.py`); and
@@ -94,18 +96,23 @@ class FP8Group(Group):
     def forward(
         self, x: FP8Rows | torch.Tensor, residual: torch.Tensor | None = None, W: None = None, unscaled: bool = False
     ) -> torch.Tensor | Unscaled:
-        factors, bias = (x, *self.weight_fp8(transposed=False)), self._bias()
-        if bias is not None:
-            y = self._scaled_product(*factors).add_(bias)
-            return y if residual is None else (residual + y).to(residual.dtype)
-        if unscaled:
-            return self._product(*factors)
-        return self._scaled_product(*factors) if residual is None else self._product(*factors).scaled(residual)
+        bias = self._bias()
+        if residual is not None and bias is None:
+            return self.unscaled(x).scaled(residual)
+        y = self._product(x, *self.weight_fp8(transposed=False), unscaled and bias is None)
+        if bias is None:
+            return y
+        y.add_(bias)
+        return y if residual is None else (residual + y).to(residual.dtype)
+
+    def unscaled(self, x: FP8Rows | torch.Tensor) -> Unscaled:
+        """`forward` without a bias, to be multiplied by the scales of x's rows."""
+        return self._unscaled_product(x, *self.weight_fp8(transposed=False))
 
     def input_gradient(
         self, dy: FP8Rows | torch.Tensor, W: None = None, unscaled: bool = False
     ) -> torch.Tensor | Unscaled:
-        return (self._product if unscaled else self._scaled_product)(dy, *self.weight_fp8(transposed=True))
+        return self._product(dy, *self.weight_fp8(transposed=True), unscaled)
 
     def weight_fp8(self, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(W8 [N, K], its scale [N]), or (V8 [K, N], its scale [K]) if `transposed`; all scales are the same."""
@@ -127,20 +134,28 @@ class FP8Group(Group):
         gain = max(sum(abs(a.scaling) * len(a.A) for a in p.adapters) for p in self.projections)
         return shared_scale(max(bound(p.weight) for p in self.projections), *self.adapters_flat(), gain, rows)
 
-    def _product(self, x: FP8Rows | torch.Tensor, w8: torch.Tensor, scale: torch.Tensor) -> Unscaled:
-        """x @ (w8 * scale).T [M, rows of w8], a new tensor of the compute dtype, without the scales of x's rows."""
-        x8, x_scale = x if isinstance(x, FP8Rows) else pieces.quantized(x)
+    def _product(
+        self, x: FP8Rows | torch.Tensor, w8: torch.Tensor, scale: torch.Tensor, unscaled: bool
+    ) -> torch.Tensor | Unscaled:
+        """x @ (w8 * scale).T [M, rows of w8], a new tensor of the compute dtype; Unscaled where allowed and faster."""
+        short = w8.shape[0] > w8.shape[1]
+        if _scales_rows(w8.device) and (short or not unscaled):
+            x8, x_scale = _in_fp8(x)
+            scales = x_scale[:, None], scale[None, :]
+            return torch._scaled_mm(x8, w8.T, *scales, out_dtype=self.dtype, use_fast_accum=True)
+        y = self._unscaled_product(x, w8, scale)
+        return y if unscaled else y.scaled()
+
+    def _unscaled_product(self, x: FP8Rows | torch.Tensor, w8: torch.Tensor, scale: torch.Tensor) -> Unscaled:
+        x8, x_scale = _in_fp8(x)
         if x8.device.type == "cpu":
             return Unscaled((x8.float() @ (w8.float() * scale[0]).T).to(self.dtype), x_scale)
         y = torch._scaled_mm(x8, w8.T, _one(x8.device), scale[0], out_dtype=self.dtype, use_fast_accum=True)
         return Unscaled(y, x_scale)
 
-    def _scaled_product(self, x: FP8Rows | torch.Tensor, w8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The same with the scales of x's rows."""
-        if not _scales_rows(w8.device):
-            return self._product(x, w8, scale).scaled()
-        x8, x_scale = x if isinstance(x, FP8Rows) else pieces.quantized(x)
-        return torch._scaled_mm(x8, w8.T, x_scale[:, None], scale[None, :], out_dtype=self.dtype, use_fast_accum=True)
+
+def _in_fp8(x: FP8Rows | torch.Tensor) -> FP8Rows:
+    return x if isinstance(x, FP8Rows) else pieces.quantized(x)
 
 
 @functools.cache
