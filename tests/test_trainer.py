@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastkit.errors import FastkitError
 from fastkit.models import load_adapter
-from fastkit.train import facts
+from fastkit.train import facts, trainer
 from fastkit.train.callbacks import Watch, overfitting, plot_losses
 from fastkit.train.finetune import FineTune, finetune
 
@@ -262,3 +262,13 @@ def test_questions_come_from_chats_and_prompts_and_not_from_texts():
     where = [{"role": "user", "content": "Where?"}]
     assert facts.questions(records) == [{"question": chat[:1], "fact": "That"}, {"question": where, "fact": "There"}]
     assert facts.samples(records, 3) == [chat[:1]]
+
+
+def test_gradients_are_let_go_of_without_asking_every_module(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    model(torch.ones(2, 3)).sum().backward()
+    with trainer._quick_zero_grad(model), monkeypatch.context() as patched:
+        patched.setattr(model, "parameters", None)
+        model.zero_grad()
+    assert all(p.grad is None for p in model.parameters()) and "zero_grad" not in vars(model)
