@@ -61,7 +61,7 @@ def cost(
     """The least work for q [B, H, T_q, D], k and v [B, H_k, T_k, D] of `dtype`: (forward, backward).
 
     Operations are those of the matrix products over the pairs that are seen, as the literature counts them: two
-    products forward, five backward, where ours take seven. The softmax adds 1% to them.
+    products forward, five backward, where ours take seven, or five on sm_90. The softmax adds 1% to them.
     """
     beyond = torch.arange(T_q) + (T_k - T_q + 1) if causal else torch.full((T_q,), T_k)  # keys before the first unseen
     first = beyond - window if window is not None else torch.zeros_like(beyond)
@@ -200,10 +200,13 @@ def attention(
     scale    what scores are multiplied by, positive; None: 1 / sqrt(D).
     returns  [B, H, T_q, D] in that dtype, in memory in q's order of heads and rows; 0 for a query that sees no key.
 
-    Differentiable once, deterministic. Raises TypeError for another dtype or two different ones, ValueError for shapes
-    or options that do not match, NotImplementedError for a device without kernels. CPU tensors take `reference` (see
-    `on_triton`). On a GPU float32, and anything where Triton has no use of the tensor cores (NVIDIA's before sm_80),
-    takes torch's scaled_dot_product_attention, and its order in memory.
+    Differentiable once. The same bits every time, but for q's gradient on sm_90 with heads of 64 or 128 and no window:
+    its last bits differ from run to run unless torch.use_deterministic_algorithms(True).
+
+    Raises TypeError for another dtype or two different ones, ValueError for shapes or options that do not match,
+    NotImplementedError for a device without kernels. CPU tensors take `reference` (see `on_triton`). On a GPU float32,
+    and anything where Triton has no use of the tensor cores (NVIDIA's before sm_80), takes torch's
+    scaled_dot_product_attention, and its order in memory.
     """
     scale = _check("attention", q, k, v, window, causal, scale, "B, H, T, D")
     if not on_triton("attention", "q", q):
@@ -230,7 +233,7 @@ def attention_varlen(
     cu_seqlens_k, max_seqlen_k   the same for k and v; None: those of q.
     returns       [total, H, D] in that dtype.
 
-    Otherwise as `attention`.
+    Otherwise as `attention`, but for bits: the same every time.
     """
     op = "attention_varlen"
     scale = _check(op, q, k, v, window, causal, scale, "total, H, D")

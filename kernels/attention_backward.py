@@ -1,10 +1,13 @@
-"""Attention, backward: the two kernels that `attention` launches for its gradients.
+"""Attention, backward: the kernels that `attention` launches for its gradients.
 
 The formulas stand in attention.py. Here: how the work is cut.
 
 Every block of scores is needed twice, along its row for dq and along its column for dk and dv. A kernel for each
 computes the scores anew: 7 products where 5 would do, if dq were summed in memory by whoever comes along a row. That
-takes atomic additions in fp32, whose order, and with it the last bits of dq, differs from run to run.
+takes atomic additions in fp32, whose order, and with it the last bits of dq, differs from run to run. On sm_90 what
+needs neither a window nor packing is attention_backward_hopper.py's, which does so where the head's size allows; under
+torch.use_deterministic_algorithms(True) in one order, for the same bits every time. The two kernels below have them
+always.
 
 dq      as the forward: a program owns BLOCK_M queries and walks over the keys that they see. It holds do and o of its
         queries first of all, so it writes delta too, which the other kernel reads.
@@ -20,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastkit.kernels import attention_backward_hopper
 from fastkit.kernels.attention_forward import (
     LENGTHS,
     LOG2_E,
@@ -240,12 +244,15 @@ _DK_DV_TILINGS = {
 def launch_backward(
     do, q, k, v, o, lse, dq, dk, dv, *, causal: bool, window: int | None, scale: float,
     cu_q=None, cu_k=None, max_q: int | None = None, max_k: int | None = None, TMA: bool | None = None,
-    dq_tiling: dict | None = None, dk_dv_tiling: dict | None = None,
-) -> None:  # fmt: skip
+    dq_tiling: dict | None = None, dk_dv_tiling: dict | None = None, cos=None, sin=None,
+) -> bool:  # fmt: skip
     """Write dq, dk and dv, shaped as q, k and v, given do = ∂L/∂o, what `launch_forward` was given and what it wrote.
 
     Any strides with neighbours in D adjacent. `dq_tiling` and `dk_dv_tiling` override BLOCK_M and so on, TMA whether K
-    and V (for dq), q and do (for dk and dv) come through it.
+    and V (for dq), q and do (for dk and dv) come through it; with any of them the kernels are this file's own.
+
+    cos, sin  as rope.launch takes them: if given, dq may be turned back by them before it is rounded
+    returns   whether it was: in attention_backward_hopper.py, where they turn all of a head
     """
     (B, H, T_q, D), (_, H_k, T_k, _) = q.shape, k.shape
     packed = cu_q is not None
@@ -253,6 +260,14 @@ def launch_backward(
         B, T_q, T_k = cu_q.numel() - 1, max_q, max_k
     arch = architecture(q.device)
     check_runs_on(arch, q.dtype)
+    plain = not packed and window is None and TMA is None and dq_tiling is None and dk_dv_tiling is None
+    if plain and lse.is_contiguous() and attention_backward_hopper.takes(arch, do, q, k, v, dk, dv):
+        turned = cos is not None and cos.shape[-1] == D
+        attention_backward_hopper.launch(
+            do, q, k, v, o, lse, dq, dk, dv, causal=causal, scale=scale,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **({"cos": cos, "sin": sin} if turned else {}),
+        )  # fmt: skip
+        return turned
     if TMA is None:
         TMA = not packed and takes_tma(arch, q, k, v, do)
     BLOCK_D, GROUP, delta = block_d(D), H // H_k, torch.empty_like(lse)
@@ -283,6 +298,7 @@ def launch_backward(
                 *strides["q"], *strides["k"], *strides["v"], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
                 *lse.stride()[:2], **constants, **for_dk_dv,
             )  # fmt: skip
+    return False
 
 
 def examples(dtype=torch.bfloat16) -> dict[str, Callable[[], object]]:

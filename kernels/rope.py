@@ -112,7 +112,7 @@ def _rotate_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + b * T + tokens, mask=tokens < T, other=0.0)[None, :, None]
         x1, x2 = x1 * scale, x2 * scale
-    cos, sin = _angles(
+    cos, sin = angles(
         cos_ptr, sin_ptr, position_ptr, b, tokens, pairs, T, TABLE_ROWS,
         stride_cosb, stride_cost, stride_positionb, HALF, INVERSE,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _angles(
+def angles(
     cos_ptr, sin_ptr, position_ptr, b, tokens, pairs, T, TABLE_ROWS,
     stride_cosb, stride_cost, stride_positionb, HALF: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip

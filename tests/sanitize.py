@@ -53,7 +53,9 @@ CHECKS = {
         "(do_not_leak or one_by_one or own_tiles) and not fp16",
     ),
     "attention_backward_hopper": Check(
-        ("attention_backward_hopper",), ("attention_backward_hopper",), "close_to_the_truth"
+        ("attention_backward_hopper", "attention_backward_ends"),
+        ("attention_backward_hopper", "attention_backward_turned"),
+        "close_to_the_truth",
     ),
     "attention_hopper": Check(("attention_hopper",), ("attention_hopper",), "close_to_the_truth"),
     "cross_entropy": Check(("cross_entropy",), ("cross_entropy",), f"({SMALL}) or gradient_in_the_forward"),

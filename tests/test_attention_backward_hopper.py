@@ -9,6 +9,7 @@ from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
+from attention_backward_case import SHAPES, needs_hopper, simulated, tensors
 from attention_case import check
 from compiled import compile_all, pretended
 
@@ -19,15 +20,6 @@ from fastkit.lab.portability import misfit
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
-
-MODULES = attention_backward_parts, attention_backward_hopper
-
-
-def tensors(B=2, H=4, H_k=2, T_q=256, T_k=256, D=128, dtype=torch.bfloat16, device="meta"):
-    """do, q, k, v, o, lse, dq, dk, dv; in memory heads lie within rows."""
-    q, do, o, dq = (torch.empty(B, T_q, H, D, dtype=dtype, device=device).transpose(1, 2) for _ in range(4))
-    k, v, dk, dv = (torch.empty(B, T_k, H_k, D, dtype=dtype, device=device).transpose(1, 2) for _ in range(4))
-    return do, q, k, v, o, torch.empty(B, H, T_q, device=device), dq, dk, dv
 
 
 @pytest.mark.parametrize(
@@ -86,17 +78,6 @@ def test_tiles(B, H, H_k, T_q, T_k, causal):
     assert set(visited.values()) == {1} and len(visited) == B * H_k * blocks
 
 
-def simulated(monkeypatch, at_once):
-    from simulated import Descriptor, Simulated
-
-    kernel = Simulated(attention_backward_hopper._backward_hopper_kernel, *MODULES, at_once=at_once)
-    monkeypatch.setattr(attention_backward_hopper, "_backward_hopper_kernel", kernel)
-    monkeypatch.setattr(
-        attention_backward_hopper, "_descriptor", lambda x, rows, columns: Descriptor(x, [1, 1, rows, columns])
-    )
-    monkeypatch.setattr(attention_backward_hopper, "_numbers_descriptor", lambda x, length: Descriptor(x, [length]))
-
-
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, options=None):
@@ -120,16 +101,7 @@ def inputs(B, H, H_k, T_q, T_k, D, dtype, device):
     return q, *(torch.randn(B, T_k, H_k, D, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
 
 
-SHAPES = [
-    # B, H, H_k, T_q, T_k, D, causal
-    (1, 4, 1, 192, 192, 128, True),
-    (2, 2, 2, 77, 200, 128, True),
-    (1, 4, 1, 200, 77, 64, True),
-    (1, 2, 1, 130, 300, 128, False),
-    (1, 1, 1, 1, 131, 64, True),
-    (1, 2, 2, 333, 333, 64, False),
-]
-OPTIONS = [{}, {"LANES": False}, {"DS_STAGES": 1}, {"STAGES": 3, "DS_STAGES": 1}]
+OPTIONS = [{}, {"deterministic": True}]
 
 
 def attend(options):
@@ -139,8 +111,7 @@ def attend(options):
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter for the kernels before and after")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("at_once", "options"),
-    [*zip((1, 3, 1, 3), OPTIONS, strict=True), *((n, {"deterministic": True}) for n in (1, 132))],
+    ("at_once", "options"), [(1, {}), (3, {}), (1, {"deterministic": True}), (132, {"deterministic": True})]
 )
 def test_kernel_in_python(shape, at_once, options, monkeypatch):
     """Simulated, nothing is read before it came or overwritten while it is read, no one waits for ever."""
@@ -151,37 +122,27 @@ def test_kernel_in_python(shape, at_once, options, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter for the kernels before and after")
 def test_one_order_in_python(monkeypatch):
-    """Programs at once, and one after the other: the same bits, if asked for. Both ways in which dq lies in memory."""
+    """Programs at once, and one after the other: the same bits, if asked for."""
     do, q, k, v, o, lse, *grads = tensors(1, 2, 1, 200, 600, 64, torch.float16, "cpu")
     for x in (do, q, k, v):
         x.normal_()
     launch_forward(q, k, v, o, lse, causal=True, window=None, scale=0.125)
     found = []
-    for at_once, LANES in ((1, True), (132, True), (132, False)):
+    for at_once in (1, 132):
         with monkeypatch.context() as patch:
             simulated(patch, at_once)
             for x in grads:
                 x.fill_(torch.nan)
-            attention_backward_hopper.launch(
-                do, q, k, v, o, lse, *grads, causal=True, scale=0.125, deterministic=True, LANES=LANES
-            )
+            attention_backward_hopper.launch(do, q, k, v, o, lse, *grads, causal=True, scale=0.125, deterministic=True)
         found.append([x.clone() for x in grads])
-    simulated(monkeypatch, 3)
-    for x in grads:
-        x.fill_(torch.nan)
-    sums = attention_backward_hopper.launch_sums(
-        do, q, k, v, o, lse, *grads[1:], causal=True, scale=0.125, deterministic=True
-    )
-    assert sums.shape == q.shape and sums.dtype == torch.float32
-    found.append([sums.half(), *grads[1:]])
-    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(again, found[0], strict=True))
+    assert all(map(torch.equal, *found))
 
 
 def main_kernel(monkeypatch, causal=True, deterministic=False, D=128, **options):
     pretended(monkeypatch, attention_backward_hopper)("sm_90")
     call = {"causal": causal, "scale": 0.1, "deterministic": deterministic} | options
     made = compile_all(lambda: attention_backward_hopper.launch(*tensors(D=D, device="cpu"), **call), "sm_90")
-    assert [each.kernel for each in made] == ["prepare_kernel", "_backward_hopper_kernel", "round_kernel"]
+    assert [each.kernel for each in made] == ["_prepare_kernel", "_backward_hopper_kernel", "_round_kernel"]
     return made[1]
 
 
@@ -211,7 +172,7 @@ def test_what_is_beside_products(D, monkeypatch):
     assert len(exp2) == 2 and all("mbarrier.try_wait" in rest for rest in exp2)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"deterministic": True}, *OPTIONS[1:]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"deterministic": True}], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
 def test_products_are_not_made_a_sequence(D, options, monkeypatch, tmp_path):
     """ptxas says where it lets each wait for the one before."""
@@ -221,15 +182,10 @@ def test_products_are_not_made_a_sequence(D, options, monkeypatch, tmp_path):
     assert "registers" in told and "serialized" not in told
 
 
-def needs_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 2, 1024, 1024, 128, True), (1, 8, 2, 1000, 1500, 64, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("options", [*OPTIONS, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_close_to_the_truth(shape, dtype, options, device):
     needs_hopper()
     *sizes, causal = shape
@@ -252,6 +208,6 @@ def test_same_bits_every_time(D, device):
         same = [torch.equal(a, b) for a, b in zip(again, grads, strict=True)]
         assert same[1:] == [True, True] and (same[0] or i % 2)
     theirs = [torch.empty_like(x) for x in grads]
-    attention_backward.launch_backward(do, q, k, v, o, lse, *theirs, window=None, **call)
+    attention_backward.launch_backward(do, q, k, v, o, lse, *theirs, window=None, dq_tiling={}, **call)
     for a, b in zip(grads, theirs, strict=True):
         assert (a.float() - b.float()).abs().mean() < 0.02 * b.float().abs().mean()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compiled import compile_all
 
-from fastkit.kernels import attention_backward, attention_forward, attention_hopper
+from fastkit.kernels import attention_backward, attention_backward_hopper, attention_forward, attention_hopper
 from fastkit.lab.portability import misfit
 from fastkit.lab.tracer import trace_launches
 
@@ -25,7 +25,8 @@ def launches(arch, D=128, window=None, packed=False, H=4, H_k=2, T=256):
         with pytest.MonkeyPatch.context() as patch:
             for module in (attention_forward, attention_backward):
                 patch.setattr(module, "architecture", lambda device: arch)
-            patch.setattr(attention_hopper, "takes", lambda *args: False)  # see test_attention_hopper.py
+            for module in (attention_hopper, attention_backward_hopper):  # which have tests of their own
+                patch.setattr(module, "takes", lambda *args: False)
             attention_forward.launch_forward(q, k, v, o, lse, **options)
             attention_backward.launch_backward(do, q, k, v, o, lse, dq, dk, dv, **options)
 

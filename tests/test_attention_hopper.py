@@ -171,7 +171,7 @@ class Paired(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, attended = ctx.found
         grads, do = [torch.empty_like(x) for x in (q, k, v)], do.transpose(1, 2).contiguous().transpose(1, 2)
-        pieces.attend_backward(do, q, k, v, attended, pieces.Attend(q.shape[-1] ** -0.5), *grads, ())
+        pieces.attend_backward(do, q, k, v, attended, pieces.Attend(q.shape[-1] ** -0.5), *grads, (None, None))
         return *grads, None
 
 
@@ -190,5 +190,6 @@ def test_cudnn_differentiates_what_was_computed(D, ours, monkeypatch):
         pytest.skip("our forward is for sm_90")
     monkeypatch.setattr(pieces, "_backend", lambda *args: "cudnn")
     monkeypatch.setattr(pieces, "_faster_than_cudnn", lambda *args: ours)
+    monkeypatch.setattr(pieces, "_in_place_of_cudnn", lambda *args, **options: False)
     monkeypatch.setattr(pieces, "rotate_", not_turned)
     check(Paired.apply, q, k, v, True)

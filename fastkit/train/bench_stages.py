@@ -3,10 +3,11 @@
 A few steps run under torch.profiler. Marks divide each into stages: forward (embedding and layers), loss (from the
 layers' output to its gradient), backward (the layers again), optimizer. Within these, the pieces of which layers are
 made tell what they are: products, merging (the weights' dequantization, with the adapters), adapters (their gradients),
-attention, elementwise (norms, RoPE, SwiGLU unless its product takes it too), quantizing (to FP8, in passes of its own);
-and other. On a GPU a kernel counts where it was launched, for as long as it ran, however late; what it runs beside the
-main stream (copies to and from the host) is told apart. What is left of the step as it was timed, without the profiler,
-are gaps, in which the GPU waits for work. On a CPU the time itself is divided.
+attention, elementwise (norms, RoPE but for a dq that attention turns back as it rounds it, SwiGLU unless its product
+takes it too), quantizing (to FP8, in passes of its own); and other. On a GPU a kernel counts where it was launched, for
+as long as it ran, however late; what it runs beside the main stream (copies to and from the host) is told apart. What
+is left of the step as it was timed, without the profiler, are gaps, in which the GPU waits for work. On a CPU the time
+itself is divided.
 
 The floor of a stage's part is its least work, nothing computed again, at the card's measured rates: products at
 cuBLAS's rate in that dtype, all else by the bytes of its kernel's declared cost at the speed of a copy; attention as
