@@ -164,7 +164,9 @@ def _registers(made: Ring, transposed: bool, wide: bool, arch: str) -> tuple[int
     """
     ring, old = made.STAGES > 1, int(arch[3:]) < 100
     if ring and old:
-        return (96 if transposed else 64) if made.BLOCK_R == 16 else 128 if transposed else 96 if wide else 80, True
+        return (
+            96 if transposed else 64 if wide else 56
+        ) if made.BLOCK_R == 16 else 128 if transposed else 96 if wide else 80, True
     return 128 if made.BLOCK_R == 32 else 80 if not wide else 96 if ring else 112, ring and made.BLOCK_R == 32
 
 

@@ -27,7 +27,13 @@ OPTIONS = {
     # torch and Triton ask for symbols that a driver may lack; bitsandbytes 0.50.2 reads beyond a short absmax
     "memcheck": ["--report-api-errors", "no", "--kernel-name-exclude", "regex=^_Z[0-9]+kDequantizeBlockwise"],
     # what others compiled is not ours to mend, and slow: torch's kernels, and those of cuBLAS
-    "racecheck": ["--kernel-name-exclude", "regex=^(_Z|cublas|cutlass|nvjet|gemm|sm[0-9]+_)"],
+    # all hazards are printed, for `of_dispatch`
+    "racecheck": [
+        "--print-limit",
+        "100000",
+        "--kernel-name-exclude",
+        "regex=^(_Z|cublas|cutlass|nvjet|gemm|sm[0-9]+_)",
+    ],
 }
 PLUGINS = {"memcheck": [], "racecheck": ["-p", "without_cublas"]}
 

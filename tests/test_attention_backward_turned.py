@@ -11,7 +11,7 @@ from fastkit.kernels.common import INTERPRETED
 from fastkit.lab.compiling import ARCHITECTURES
 from fastkit.lab.launches import catch
 from fastkit.lab.portability import misfit
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_seed")
@@ -68,10 +68,10 @@ def check_half(backend, B, H, H_k, T, D, dtype, device):
     def heads(x):
         return [part.unflatten(2, (-1, D)).transpose(1, 2) for part in x.split([H * D, H_k * D, H_k * D], 2)]
 
-    options, turns = pieces.Attend(D**-0.5), table(B, T, D, "[1, T, D]", device=device)
-    attended = pieces.attend(*heads(qkv), options)._replace(backend=backend)
+    options, turns = attend.Attend(D**-0.5), table(B, T, D, "[1, T, D]", device=device)
+    attended = attend.attend(*heads(qkv), options)._replace(backend=backend)
     dqkv = torch.full_like(qkv, torch.nan)
-    pieces.attend_backward(do, *heads(qkv), attended, options, *heads(dqkv), turns)
+    attend.attend_backward(do, *heads(qkv), attended, options, *heads(dqkv), turns)
     exact = [x.detach().double().requires_grad_() for x in heads(qkv)]
     dq, dk, dv = torch.autograd.grad(attention.reference(*exact), exact, do.double())
     grads = *rope.reference(dq, dk, turns[0].double(), -turns[1].double()), dv
@@ -85,7 +85,7 @@ def test_a_half_in_python(backend, monkeypatch):
     """With torch asked for the same bits, as `poisoned` asks, also after a forward for cuDNN's backward."""
     simulated(monkeypatch, 3)
     pretended(monkeypatch, attention_backward_hopper, attention_backward)("sm_90")
-    monkeypatch.setattr(pieces, "_backend", lambda *args: "ours")
+    monkeypatch.setattr(attend, "_backend", lambda *args: "ours")
     launched, launch = [], attention_backward_hopper.launch
     monkeypatch.setattr(
         attention_backward_hopper, "launch", lambda *args, **options: launched.append(1) or launch(*args, **options)
@@ -149,10 +149,10 @@ def test_one_order_where_torch_asks_for_it(asked, monkeypatch):
      (1024, "sm_100", False, False, False), (16, "sm_90", True, True, True), (16, "sm_89", False, True, True)],
 )  # fmt: skip
 def test_who_follows_a_forward_for_cudnn(T, arch, in_fp8, asked, ours, monkeypatch):
-    pretended(monkeypatch, attention_backward_hopper, pieces)(arch)
+    pretended(monkeypatch, attention_backward_hopper, attend)(arch)
     torch.use_deterministic_algorithms(asked, warn_only=True)
     do, q, k, v, _, _, _, dk, dv = tensors(T_q=T, T_k=T)
-    assert pieces._in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8) == ours
+    assert attend._in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8) == ours
 
 
 @pytest.mark.parametrize("heads", [32, 9])
@@ -201,5 +201,5 @@ def test_turned_close_to_the_truth(shape, of_table, dtypes, device):
 def test_a_half_on_a_gpu(backend, T, D, asked, device, monkeypatch):
     needs_hopper()
     torch.use_deterministic_algorithms(asked, warn_only=True)
-    monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
+    monkeypatch.setattr(attend, "_backend", lambda *args: backend)
     check_half(backend, 2, 8, 2, T, D, torch.bfloat16, device)

@@ -14,7 +14,7 @@ from fastkit.kernels import attention as module
 from fastkit.kernels import attention_forward, attention_hopper, attention_parts
 from fastkit.lab.launches import catch
 from fastkit.lab.portability import misfit
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 from fastkit.ops import attention
 
 pytest.importorskip("triton")
@@ -163,7 +163,7 @@ class Paired(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, causal):
-        attended = pieces.attend(q, k, v, pieces.Attend(q.shape[-1] ** -0.5))
+        attended = attend.attend(q, k, v, attend.Attend(q.shape[-1] ** -0.5))
         ctx.found = q, k, v, attended
         return attended.o
 
@@ -171,7 +171,7 @@ class Paired(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, attended = ctx.found
         grads, do = [torch.empty_like(x) for x in (q, k, v)], do.transpose(1, 2).contiguous().transpose(1, 2)
-        pieces.attend_backward(do, q, k, v, attended, pieces.Attend(q.shape[-1] ** -0.5), *grads, (None, None))
+        attend.attend_backward(do, q, k, v, attended, attend.Attend(q.shape[-1] ** -0.5), *grads, (None, None))
         return *grads, None
 
 
@@ -188,8 +188,8 @@ def test_cudnn_differentiates_what_was_computed(D, ours, monkeypatch):
     q, k, v = (torch.randn(2, 1024, h, D, device="cuda").bfloat16().transpose(1, 2) for h in (4, 2, 2))
     if attention_forward.architecture(q.device) != "sm_90":
         pytest.skip("our forward is for sm_90")
-    monkeypatch.setattr(pieces, "_backend", lambda *args: "cudnn")
-    monkeypatch.setattr(pieces, "_faster_than_cudnn", lambda *args: ours)
-    monkeypatch.setattr(pieces, "_in_place_of_cudnn", lambda *args, **options: False)
+    monkeypatch.setattr(attend, "_backend", lambda *args: "cudnn")
+    monkeypatch.setattr(attend, "_faster_than_cudnn", lambda *args: ours)
+    monkeypatch.setattr(attend, "_in_place_of_cudnn", lambda *args, **options: False)
     monkeypatch.setattr(pieces, "rotate_", not_turned)
     check(Paired.apply, q, k, v, True)

@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, SHAPE
 
 from fastkit.errors import FastkitError
 from fastkit.kernels import merged_dequantize as merging
-from fastkit.models import budget, pieces, products
+from fastkit.models import attend, budget, pieces, products
 from fastkit.models.estimate import Shape
 from fastkit.models.patch import fused_layers, patch, patched, unpatch
 from fastkit.models.plans import PLANS
@@ -243,11 +243,11 @@ def test_the_gradients_of_q_k_and_v_come_in_fp8(folder, device, monkeypatch, fre
     dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
     model = model_of(folder, arch, device=device, dtype={"cpu": "fp32", "cuda": "bf16"}[device])
     x, dy = layer_inputs(B=1, T=5, dtype=dtype, device=device)
-    backward, multiplied = pieces.attend_backward, []
-    monkeypatch.setattr(pieces, "_backend", lambda *args: "torch")  # torch's own add in another order each time
+    backward, multiplied = attend.attend_backward, []
+    monkeypatch.setattr(attend, "_backend", lambda *args: "torch")  # torch's own add in another order each time
     monkeypatch.setattr(FP8Group, "input_gradient", _noted(FP8Group.input_gradient, multiplied))
     found = run_layer(fused(model, "keep", "fp8"), x, dy)
-    monkeypatch.setattr(pieces, "attend_backward", lambda *args: backward(*args[:10]))
+    monkeypatch.setattr(attend, "attend_backward", lambda *args: backward(*args[:10]))
     expected = run_layer(fused(model, "keep", "fp8"), x, dy)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
     ours, theirs = multiplied[: len(multiplied) // 2], multiplied[len(multiplied) // 2 :]

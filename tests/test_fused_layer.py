@@ -10,7 +10,7 @@ from tolerance import assert_as_close_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkit.kernels import attention, rope
-from fastkit.models import pieces, projection
+from fastkit.models import attend, pieces, projection
 from fastkit.models.half import Half
 from fastkit.models.patch import patch
 from fastkit.models.plans import PLANS
@@ -121,7 +121,7 @@ def test_bf16_on_a_gpu_is_as_close_as_transformers(folder, fresh_seed, arch, pla
 
 def attend_case(backend, device, dtype, monkeypatch, options, T=40):
     """Gradients through `attend` by `backend`, from q, k, v as they lie in a stacked projection, beside float64's."""
-    monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
+    monkeypatch.setattr(attend, "_backend", lambda *args: backend)
     B, H, H_k, D = 2, 4, 2, 64
     qkv = torch.randn(B, T, (H + 2 * H_k) * D, dtype=dtype, device=device)
     do = torch.randn(B, T, H, D, dtype=dtype, device=device).transpose(1, 2)
@@ -130,11 +130,11 @@ def attend_case(backend, device, dtype, monkeypatch, options, T=40):
         parts = x.split([H * D, H_k * D, H_k * D], 2)
         return [part.unflatten(2, (-1, D)).transpose(1, 2) for part in parts]
 
-    attended = pieces.attend(*split(qkv), options)
+    attended = attend.attend(*split(qkv), options)
     dqkv = torch.full_like(qkv, torch.nan)
     angles = torch.rand(1, T, D // 2, dtype=torch.float64, device=device).repeat(1, 1, 2)
     turns = angles.cos().to(dtype), angles.sin().to(dtype)
-    pieces.attend_backward(do, *split(qkv), attended, options, *split(dqkv), turns)
+    attend.attend_backward(do, *split(qkv), attended, options, *split(dqkv), turns)
     exact = [x.detach().double().requires_grad_() for x in split(qkv)]
     o = attention.reference(*exact, True, options.window, options.scale)
     dq, dk, dv = torch.autograd.grad(o, exact, do.double())
@@ -148,13 +148,13 @@ def attend_case(backend, device, dtype, monkeypatch, options, T=40):
 @pytest.mark.parametrize("backend", ["ours", "torch"])
 def test_attention_by_each_backend(device, monkeypatch, fresh_seed, backend, window):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    attend_case(backend, device, dtype, monkeypatch, pieces.Attend(0.1, window), T=40 if device == "cuda" else 9)
+    attend_case(backend, device, dtype, monkeypatch, attend.Attend(0.1, window), T=40 if device == "cuda" else 9)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "flash"])
 def test_torchs_attention_forward_and_backward_apart(monkeypatch, fresh_seed, backend):
-    attend_case(backend, "cuda", torch.bfloat16, monkeypatch, pieces.Attend(0.1))
+    attend_case(backend, "cuda", torch.bfloat16, monkeypatch, attend.Attend(0.1))
 
 
 # --- dropout
@@ -296,9 +296,9 @@ def test_no_product_is_computed_again_that_is_not_needed(folder, references, pla
         run_layer(model, *inputs())
     assert products.count == 4 + 4 + again  # forward, the gradients of the inputs, and what was not kept
     attends = []
-    pieces_attend = pieces.attend
+    run = attend.attend
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(pieces, "attend", lambda *args: attends.append(1) or pieces_attend(*args))
+        patcher.setattr(attend, "attend", lambda *args: attends.append(1) or run(*args))
         run_layer(model, *inputs())
     assert len(attends) == (2 if plan == "recompute-all" else 1)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fastkit.errors import FastkitError
-from fastkit.models import pieces
+from fastkit.models import attend
 from fastkit.models.bnb import bnb
 from fastkit.models.patch import patch, patched, unpatch
 from fastkit.models.plans import PLANS
@@ -244,8 +244,8 @@ def test_captured_outputs(folder, attends):
 @pytest.fixture
 def attends(monkeypatch):
     """How often the fused attention ran."""
-    calls, attend = [], pieces.attend
-    monkeypatch.setattr(pieces, "attend", lambda *args: calls.append(1) or attend(*args))
+    calls, run = [], attend.attend
+    monkeypatch.setattr(attend, "attend", lambda *args: calls.append(1) or run(*args))
     return calls
 
 

@@ -9,7 +9,7 @@ from fused_case import LAYERS, model_of
 from tiny import tiny_data
 from transformers import AutoTokenizer
 
-from fastkit.models import pieces
+from fastkit.models import attend
 from fastkit.models.patch import patch
 
 pytestmark = [pytest.mark.usefixtures("references"), pytest.mark.slow]
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.usefixtures("references"), pytest.mark.slow]
 def test_sft_trainer_learns_the_same(folder, tmp_path, monkeypatch, packing):
     from trl import SFTConfig, SFTTrainer
 
-    attends, attend = [], pieces.attend
-    monkeypatch.setattr(pieces, "attend", lambda *args: attends.append(1) or attend(*args))
+    attends, run = [], attend.attend
+    monkeypatch.setattr(attend, "attend", lambda *args: attends.append(1) or run(*args))
     stock = model_of(folder, attn_implementation="sdpa")
     ours = copy.deepcopy(stock)
     assert patch(ours, "recompute-mlp-qkv+offload").layers == LAYERS

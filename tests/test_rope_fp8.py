@@ -10,7 +10,7 @@ from test_rope import LAYOUTS, SHAPES, table
 
 from fastkit.kernels import fp8_rows, rope, rope_fp8
 from fastkit.lab.tracer import trace_launches
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 
 FP8 = torch.float8_e4m3fn
 pytestmark = [needs_fp8, pytest.mark.usefixtures("poisoned", "fresh_seed")]
@@ -144,17 +144,17 @@ def test_attention_hands_them_on(backend, takes, device, monkeypatch):
     """With FP8 asked for, dqkv is as without, and its rows in FP8 are those of a pass of its own."""
     if interpreted := backend == "interpreted":  # the kernel on a CPU too, where FP8Rows come of the reference
         backend = "torch"
-        monkeypatch.setattr(pieces, "on_fp8_kernels", lambda *args: True)
-    monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
+        monkeypatch.setattr(attend, "on_fp8_kernels", lambda *args: True)
+    monkeypatch.setattr(attend, "_backend", lambda *args: backend)
     monkeypatch.setattr(rope_fp8, "takes", lambda *args: takes)
     dtype, T = (torch.bfloat16, 150) if device == "cuda" else (torch.float32, 5)
-    options, D = pieces.Attend(0.1), 64
+    options, D = attend.Attend(0.1), 64
     q, k, v = (torch.randn(2, T, n, D, device=device).to(dtype).transpose(1, 2) for n in (4, 2, 2))
-    do, attended = torch.randn_like(q), pieces.attend(q, k, v, options)
+    do, attended = torch.randn_like(q), attend.attend(q, k, v, options)
     turns = table(T, D, device, dtype, (1,))
     plain, (dqkv, *expected) = outputs(q, k)[0], outputs(q, k)
-    assert pieces.attend_backward(do, q, k, v, attended, options, *split(plain, q, k), turns) is None
-    rows = pieces.attend_backward(do, q, k, v, attended, options, *split(dqkv, q, k), turns, dqkv)
+    assert attend.attend_backward(do, q, k, v, attended, options, *split(plain, q, k), turns) is None
+    rows = attend.attend_backward(do, q, k, v, attended, options, *split(dqkv, q, k), turns, dqkv)
     if backend in ("ours", "torch"):  # the others add in another order each time
         assert torch.equal(bits(dqkv), bits(plain))
     if interpreted and takes:

@@ -32,7 +32,7 @@ Casts: x, y and dx have the residual stream's dtype, everything between the norm
 import torch
 
 from fastkit.kernels.fp8_scale import FP8
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 from fastkit.models.half import Half
 from fastkit.models.keeping import Keeper
 from fastkit.models.plans import Plan
@@ -47,7 +47,7 @@ class AttentionHalf(Half):
 
     def __init__(
         self, norm: pieces.Norm, qkv: Group, qk_norms: tuple[pieces.Norm, pieces.Norm] | None, o: Group,
-        shape: tuple[int, ...], table: tuple[torch.Tensor, torch.Tensor], options: pieces.Attend,
+        shape: tuple[int, ...], table: tuple[torch.Tensor, torch.Tensor], options: attend.Attend,
         plan: Plan, keeper: Keeper,
     ):  # fmt: skip
         self.norm, self.qkv, self.qk_norms, self.o = norm, qkv, qk_norms, o
@@ -59,7 +59,7 @@ class AttentionHalf(Half):
 
     def forward(self, x, keep):
         qkv, rstd = self._project(x)
-        attended = pieces.attend(*self._heads(qkv), self.options)
+        attended = attend.attend(*self._heads(qkv), self.options)
         y = self.added(x, self.o, self._flat(attended.o))
         if keep:
             self.rstd = rstd
@@ -76,7 +76,7 @@ class AttentionHalf(Half):
         """y, computed again; what the backward needs of it stays, for that follows at once."""
         x = self.kept.tensors()["x"]
         qkv, _ = self._project(x)
-        attended = pieces.attend(*self._heads(qkv), self.options)
+        attended = attend.attend(*self._heads(qkv), self.options)
         self.made_again = qkv, attended
         return self.o.forward(self._flat(attended.o), residual=x)
 
@@ -100,7 +100,7 @@ class AttentionHalf(Half):
                 qkv, _ = self._project(x, W)
             q, k, v = self._heads(qkv)
             if attended is None:  # the other half did not ask for `again`
-                attended = pieces.attend(q, k, v, self.options)
+                attended = attend.attend(q, k, v, self.options)
         o_gradients = self.o.gradients(self._flat(attended.o), dy_c, of_o)
         if not inner:
             return None, None, [None] * len(of_qkv) + o_gradients
@@ -109,7 +109,7 @@ class AttentionHalf(Half):
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = self._split(dqkv)
         in_fp8 = self.qkv.factors == FP8 and self.qk_norms is None and (x_grad or weight_grad)
-        dqkv8 = pieces.attend_backward(
+        dqkv8 = attend.attend_backward(
             do, q, k, v, attended, self.options, dq, dk, dv, self.table, dqkv if in_fp8 else None
         )
         del do, attended, q, k, v

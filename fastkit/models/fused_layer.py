@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastkit.kernels.attention_forward import MAX_D
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 from fastkit.models.attention_half import AttentionHalf
 from fastkit.models.keeping import Keeper
 from fastkit.models.mlp_half import MLPHalf
@@ -201,7 +201,7 @@ class FusedLayer:
         heads, key_heads = qkv.sizes[0] // D, qkv.sizes[1] // D
         first = AttentionHalf(
             parts.norms[0], qkv, parts.qk_norms, o, (B, T, heads, key_heads, D), position_embeddings,
-            pieces.Attend(attention.scaling, window, packed), plan, self.shared.keeper,
+            attend.Attend(attention.scaling, window, packed), plan, self.shared.keeper,
         )  # fmt: skip
         second = MLPHalf(parts.norms[1], gate_up, down, plan, self.shared.keeper, first.again)
         first.next_norm, second.next_norm = second.norm, self._following(x.device)

@@ -1,4 +1,4 @@
-"""The elementwise pieces and the attention of a decoder layer, each forward and backward, without autograd.
+"""The elementwise pieces of a decoder layer, each forward and backward, without autograd; attention is `attend.py`'s.
 
 Each runs the launchers of its kernel file where `on_triton` says so, and otherwise that file's torch reference, in
 fp32; its backward then differentiates the reference. The maths stands in the kernel files.
@@ -6,22 +6,16 @@ fp32; its backward then differentiates the reference. The maths stands in the ke
 What a product takes is written in the dtype of its factors: a tensor or, in e4m3, FP8Rows.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from fastkit.kernels import attention_backward_hopper as backward_hopper
 from fastkit.kernels import fp8_rows, rms_norm, rms_norm_fp8, rope, rope_fp8, swiglu, swiglu_fp8
-from fastkit.kernels.attention_backward import launch_backward
-from fastkit.kernels.attention_choice import choose
-from fastkit.kernels.attention_forward import lacking, launch_forward, on_hopper
-from fastkit.kernels.common import architecture, as_rows, on_triton
+from fastkit.kernels.common import as_rows, on_triton
 from fastkit.kernels.fp8_rows import on_fp8_kernels
 from fastkit.kernels.fp8_scale import FP8
-from fastkit.models.sequences import Packed
-from fastkit.ops import attention, attention_varlen, quantize_rows_fp8
+from fastkit.ops import quantize_rows_fp8
 
 
 class Norm(NamedTuple):
@@ -84,7 +78,7 @@ def quantized(x: torch.Tensor) -> FP8Rows:
     return FP8Rows(*quantize_rows_fp8(x))
 
 
-def _differentiated(function: Callable, inputs: list, douts: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+def differentiated(function: Callable, inputs: list, douts: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
     """The gradients of function(*inputs) in its inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
@@ -158,7 +152,7 @@ def norm_backward(
             **({} if dx8 is None else {"dx8": dx8.numbers, "scale": dx8.scale}),
         )  # fmt: skip
     dy = dy.float() if factor is None else dy.float() * factor[:, None]
-    dx, dweight = _differentiated(
+    dx, dweight = differentiated(
         lambda x, w: rms_norm.reference(x, w, weight.eps), [x.float(), weight.weight.float()], dy
     )
     dx = dx if dresidual is None else dx + dresidual.float()
@@ -221,7 +215,7 @@ def gated_backward_(da: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     if on_triton("swiglu", "gate", gate):
         swiglu.launch_backward(da, gate, up, gate, up, da)
     else:
-        a, dgate_up = swiglu.reference(gate, up), _differentiated(swiglu.reference, [gate, up], da)
+        a, dgate_up = swiglu.reference(gate, up), differentiated(swiglu.reference, [gate, up], da)
         for x, written in zip((gate, up, da), (*dgate_up, a), strict=True):
             x.copy_(written)
     return gate_up
@@ -256,152 +250,3 @@ def _gated_fp8(gate_up: torch.Tensor | Unscaled) -> FP8Rows:
     a = FP8Rows.empty(*gate.shape, gate.device)
     swiglu_fp8.launch_forward(gate, up, *a, factor)
     return a
-
-
-# --- attention
-
-
-class Attend(NamedTuple):
-    """What a query sees: the last `window` keys up to its own (None: all), in its own sequence of a packed batch."""
-
-    scale: float
-    window: int | None = None
-    packed: Packed | None = None
-
-
-class Attended(NamedTuple):
-    """What `attend` hands to `attend_backward` beside q, k, v: the backend, o [B, H, T, D] and its own tensors."""
-
-    backend: str
-    o: torch.Tensor
-    rest: tuple
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attend) -> Attended:
-    """Causal attention of q [B, H, T, D] over k, v [B, H_k, T, D], any strides but neighbours in D adjacent.
-
-    o lies in memory as [B, T, H, D], so that o.transpose(1, 2).reshape(M, H * D) is a view where the backend allows.
-    """
-    backend, scale = _backend(q, k, v, options), options.scale
-    if backend == "ours" or (backend == "cudnn" and _faster_than_cudnn(q, k, v)):
-        B, H, T, D = q.shape
-        o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-        q, k, v, o_rows = (_rows(x, options.packed) for x in (q, k, v, o))
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        launch_forward(q, k, v, o_rows, lse, **_lengths(options))
-        rest = (lse,) if backend == "ours" else (lse[..., None], None, None, T, T, *2 * [_zero(q.device)])
-        return Attended(backend, o, rest)
-    if backend == "cudnn":
-        o, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
-        return Attended(backend, o, tuple(rest))
-    if backend == "flash":
-        o, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
-        return Attended(backend, o, tuple(rest))
-    return Attended(backend, _by_torch(q, k, v, options), ())
-
-
-def _faster_than_cudnn(q, k, v) -> bool:
-    """Whether our forward is; cuDNN's backward reads o and lse whoever wrote them. H200, heads of 128, and of 64: 0.229
-    ms and cuDNN 0.259, 0.177 and 0.187, for 4 x 2048 tokens; 0.789 and 0.905 for 1 x 8192; 0.017 and 0.016 for 512."""
-    return q.shape[2] >= 1024 and on_hopper(architecture(q.device), q, k, v)
-
-
-@functools.cache
-def _zero(device: torch.device) -> torch.Tensor:
-    """Seed and offset of a dropout that there is none of."""
-    return torch.zeros((), dtype=torch.int64, device=device)
-
-
-def attend_backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, options: Attend,
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor],
-    dqkv: torch.Tensor | None = None,
-) -> FP8Rows | None:  # fmt: skip
-    """Write dq, dk and dv, shaped as q, k and v, given do [B, H, T, D]; dq and dk turned back by `table`, cos and sin.
-
-    Same rule for strides. dqkv, if given, is what dq, dk and dv are the parts of, [M, N], and is returned in FP8.
-    """
-    backend, o, rest = attended
-    if backend == "ours" or (backend == "cudnn" and _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8=dqkv is not None)):
-        do, q, k, v, o, *grads = (_rows(x, options.packed) for x in (do, q, k, v, o, dq, dk, dv))
-        lse, (cos, sin) = rest[0].view(q.shape[:3]), table
-        turned = launch_backward(do, q, k, v, o, lse, *grads, **_lengths(options), cos=cos, sin=sin)
-        rotate_(dk, dq[:, :0] if turned else dq, cos, sin, inverse=True)
-        return None if dqkv is None else quantized(dqkv)
-    if backend == "cudnn":
-        lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            do, q, k, v, o, lse, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=options.scale
-        )
-    elif backend == "flash":
-        lse, cu_q, cu_k, max_q, max_k, seed, offset = rest
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, offset, scale=options.scale
-        )
-    else:
-        found = _differentiated(lambda q, k, v: _by_torch(q, k, v, options), [q, k, v], do)
-    if dqkv is not None and on_fp8_kernels("rope_fp8", do) and rope_fp8.takes(q, k, table[0]):
-        return turned_back_fp8(*found, *table, dqkv)
-    beside = found[2].stride() == found[1].stride() and dv.stride() == dk.stride()
-    rotate_(*found[:2], *table, inverse=True, into=(dq, dk, dv), v=found[2] if beside else None)
-    if not beside:
-        dv.copy_(found[2])
-    return None if dqkv is None else quantized(dqkv)
-
-
-def _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8: bool) -> bool:
-    """Whether our backward follows a forward for cuDNN's. That one's adds in any order, so always where torch is asked
-    for the same bits every time. Else where it is faster: its dq is turned back while it is rounded, and dv needs no
-    copy; but in FP8 `rope_fp8` turns, quantizes and puts side by side in a pass.
-
-    H200, 4 x 2048 tokens, causal, 32/8 heads, before RoPE: of 128 0.851 ms and cuDNN 0.877, of 64 0.504 and 0.579; 1 x
-    8192 of 128 2.876 and 2.810, 1 x 512 0.104 and 0.053. cuDNN's and `rope_fp8` took 0.869 + 0.068 ms.
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        return True
-    taken = backward_hopper.takes(architecture(q.device), do, q, k, v, dk, dv)
-    return taken and not in_fp8 and q.shape[2] >= 1024
-
-
-def _backend(q, k, v, options: Attend) -> str:
-    """ "ours", one of torch's whose forward and backward can be called apart, or "torch", which has neither.
-
-    "torch" is the reference on the CPU and, for what our kernels do not take (fp32; GPUs before sm_80), torch's
-    attention on a GPU. Nothing is kept for its backward, which runs the forward again.
-    """
-    if not on_triton("attention", "q", q) or lacking(architecture(q.device), q.dtype):
-        return "torch"
-    if q.device.type != "cuda" or options.window is not None or options.packed is not None or q.shape[-1] % 8:
-        return "ours"
-    with torch.enable_grad():  # tried with its backward; timed by a warm-up alone, see `warmup.py`
-        inputs = (x.detach().requires_grad_() for x in (q, k, v))
-        return choose(*inputs, scale=options.scale, timed=False, among=("cudnn", "flash", "ours"))
-
-
-def _by_torch(q, k, v, options: Attend) -> torch.Tensor:
-    if options.packed is None:
-        return attention(q, k, v, True, options.window, options.scale)
-    rows = [_rows(x, options.packed)[0].transpose(0, 1) for x in (q, k, v)]  # [total, H, D]
-    o = attention_varlen(*rows, options.packed.cu_seqlens, options.packed.longest, True, options.window, options.scale)
-    B, H, T, D = q.shape
-    return o.view(B, T, H, D).transpose(1, 2)
-
-
-def _rows(x: torch.Tensor, packed: Packed | None) -> torch.Tensor:
-    """x [B, H, T, D] as the kernels take it: with sequences packed, [1, H, B * T, D], a view."""
-    if packed is None:
-        return x
-    B, H, T, D = x.shape
-    return x.transpose(1, 2).view(1, B * T, H, D).transpose(1, 2)
-
-
-def _lengths(options: Attend) -> dict:
-    found = {"causal": True, "window": options.window, "scale": options.scale}
-    if packed := options.packed:
-        found |= {
-            "cu_q": packed.cu_seqlens,
-            "cu_k": packed.cu_seqlens,
-            "max_q": packed.longest,
-            "max_k": packed.longest,
-        }
-    return found
