@@ -70,6 +70,10 @@ class Graphs:
         self.seen, self.captured = set(), {}
         self.layers = [module for module in model.modules() if is_decoder_layer(module)]  # sought once: 2 ms of 7B
         self.pool = torch.cuda.graph_pool_handle()
+        # torch (2.11) gives its generator to the first graph that lives; where memory runs out just then, it aborts
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._first, pool=self.pool, capture_error_mode="thread_local"):
+            self.flat.zero_()
         self._captured_under = None
 
     def run(self, compute: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
