@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastkit.errors import FastkitError
 from fastkit.kernels import adamw, linear_cross_entropy, lora, merged_dequantize, rms_norm, rope, swiglu
 from fastkit.kernels.common import Cost
-from fastkit.models import pieces
+from fastkit.models import attend, pieces
 from fastkit.models.products import FP8Group
 from fastkit.models.projection import Group
 
@@ -41,11 +41,12 @@ ELEMENTWISE = ("norm", "norm_of_sum", "norm_backward", "rotate_", "turned_back_f
 PARTS = {  # what of a layer runs as what
     "products": (
         (Group, "gated"),
+        (FP8Group, "unscaled"),
         *((owner, name) for owner in (Group, FP8Group) for name in ("forward", "input_gradient")),
     ),
     "merging": ((Group, "weight"), (FP8Group, "weight_fp8")),
     "adapters": ((Group, "gradients"),),
-    "attention": ((pieces, "attend"), (pieces, "attend_backward")),
+    "attention": ((attend, "attend"), (attend, "attend_backward")),
     "elementwise": tuple((pieces, name) for name in ELEMENTWISE),
     "quantizing": ((pieces, "quantized"),),
 }
