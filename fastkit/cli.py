@@ -209,6 +209,7 @@ def _finetune(argv: list[str]) -> int:
 
         config = as_begun(config, _given(FinetuneConfig, "finetune", argv))
     config.check()
+    from fastkit.train import processes
     from fastkit.train.finetune import FineTune
 
     with FineTune(**config.as_dict()) as run:
@@ -232,6 +233,7 @@ def _finetune(argv: list[str]) -> int:
     rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, " if metrics["tokens_per_second"] else ""
     print(f"{rate}peak memory {metrics['peak_memory_gib']:.2f} GiB")
     print(f"adapter: {adapter}")
+    processes.leave()
     return 0
 
 

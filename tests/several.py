@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 from transformers import TrainerCallback
 
+from fastkit.train import processes
 from fastkit.train.finetune import FineTune
 from fastkit.train.sharding import four_bit
 
@@ -64,6 +65,7 @@ def main(runs: list[dict]) -> None:
         if settings.get("strategy") == "fsdp2":
             assert stored(run.model) <= 1.05 * size / torch.distributed.get_world_size()
         run.save()
+    processes.leave()
 
 
 if __name__ == "__main__":

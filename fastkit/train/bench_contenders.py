@@ -255,6 +255,7 @@ def environment(scratch: Path) -> dict[str, str]:
 def main() -> None:
     given, answer = map(Path, sys.argv[1:])
     found = carry_out(Settings(**json.loads(given.read_text())))
+    processes.leave()
     if not processes.is_first():
         return
     staging = answer.with_suffix(".part")

@@ -72,6 +72,12 @@ def join(device: torch.device) -> None:
         datasets.disable_progress_bars()
 
 
+def leave() -> None:
+    """Disconnect, where all is done: a process that ends while gloo's threads run can abort, seen once in many runs."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def wait() -> None:
     """Return once every process has come here."""
     if count() > 1:
