@@ -41,7 +41,6 @@ from fastkit.kernels.attention_backward_parts import (
     load,
     mask,
     matrix,
-    new_barriers,
     new_ring,
     numbers_of,
     operand,
@@ -53,8 +52,9 @@ from fastkit.kernels.attention_backward_parts import (
     wait_for,
     whole_steps,
 )
-from fastkit.kernels.attention_forward import takes_tma
+from fastkit.kernels.attention_forward import LOG2_E, takes_tma
 from fastkit.kernels.common import architecture, device_of, sm_count, triton
+from fastkit.kernels.hopper_parts import descriptor, new_barriers
 from fastkit.kernels.ladders.rung import GLUON_MISSING, gl, gluon
 
 try:
@@ -65,13 +65,11 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:
-    TensorDescriptor = None
+    mbarrier = None
 
 HEADS = (64, 128)  # numbers of a head
 MOST_HEADS = 65535  # of the batch: a grid's second dimension
-LOG2_E = 1.4426950408889634
 
 
 @gluon.jit
@@ -261,21 +259,9 @@ def takes(arch: str, do, q, k, v, dk, dv) -> bool:
 
     No windows and no packed batches. Not while torch.compile traces, which knows no Gluon.
     """
-    if GLUON_MISSING or TensorDescriptor is None or arch != "sm_90":
+    if GLUON_MISSING or mbarrier is None or arch != "sm_90":
         return False
     return q.shape[3] in HEADS and q.shape[0] * q.shape[1] <= MOST_HEADS and takes_tma(arch, do, q, k, v, dk, dv)
-
-
-def _descriptor(x: torch.Tensor, rows: int, columns: int):
-    """TMA's descriptor of x [B, H, T, D], cut into [rows, columns], whose rows are swizzled as widely as they are."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns], layout)
-
-
-def _numbers_descriptor(x: torch.Tensor, length: int):
-    """TMA's descriptor of x [..], fp32, cut into so many."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, list(x.shape), [1], [length], layout)
 
 
 def _launch(do, q, k, v, o, lse, dk, dv, chosen, scale: float) -> torch.Tensor:
@@ -286,12 +272,13 @@ def _launch(do, q, k, v, o, lse, dk, dv, chosen, scale: float) -> torch.Tensor:
     dq = torch.empty(B, H, blocks, M * D, device=q.device)
     turns = torch.empty(B * H * blocks * 2, dtype=torch.int32, device=q.device) if chosen.DETERMINISTIC else None
     section = section_heads(B * H_k, key_blocks, sm_count(q.device))
+    keys, queries = [1, 1, 64, D], [1, 1, M, D]
     launch_prepare(do, o, lse, numbers, dq, turns)
     with device_of(q):
         _backward_hopper_kernel[(key_blocks * B * H_k,)](
-            _descriptor(k, 64, D), _descriptor(k, 64, D // 2), _descriptor(v, 64, D),
-            _descriptor(q, M, D), _descriptor(do, M, D), _numbers_descriptor(numbers, M),
-            _descriptor(dk, 64, D), _descriptor(dv, 64, D), dq, turns,
+            descriptor(k, keys), descriptor(k, [1, 1, 64, D // 2]), descriptor(v, keys),
+            descriptor(q, queries), descriptor(do, queries), descriptor(numbers, [M]),
+            descriptor(dk, keys), descriptor(dv, keys), dq, turns,
             section, T_q, T_k, scale, scale * LOG2_E, PLAN=chosen, num_warps=4, maxnreg=168,
         )  # fmt: skip
     return dq

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from fastkit.kernels.attention_backward_ends import BLOCK_M
+from fastkit.kernels.hopper_parts import new_barriers
 from fastkit.kernels.ladders.rung import gl, gluon
 
 try:
@@ -119,15 +120,6 @@ def mask(s, first, left, PLAN: gl.constexpr):
     s = gl.reshape(s, [64, PLAN.BLOCK_M // 8, 4, 2])
     s = gl.where(8 * a + c >= seen_from - 2 * b, s, float("-inf"))
     return gl.convert_layout(gl.reshape(s, [64, PLAN.BLOCK_M]), PLAN.scores, assert_trivial=True)
-
-
-@gluon.jit
-def new_barriers(COUNT: gl.constexpr, readers: gl.constexpr):
-    """COUNT barriers on which `readers` arrive."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=readers)
-    return barriers
 
 
 @gluon.jit

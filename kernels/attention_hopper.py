@@ -41,6 +41,7 @@ from fastkit.kernels.attention_parts import (
     wait_for,
 )
 from fastkit.kernels.common import architecture, device_of, sm_count, triton
+from fastkit.kernels.hopper_parts import descriptor
 from fastkit.kernels.ladders.rung import GLUON_MISSING, gl, gluon
 
 try:
@@ -51,9 +52,8 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:
-    TensorDescriptor = None
+    mbarrier = None
 
 HEADS = (64, 128)  # numbers of a head
 LOG2_E = 1.4426950408889634
@@ -214,15 +214,9 @@ def takes(arch: str, q, k) -> bool:
 
     No windows and no packed batches. Not while torch.compile traces, which knows no Gluon.
     """
-    if GLUON_MISSING or TensorDescriptor is None or arch != "sm_90" or torch.compiler.is_compiling():
+    if GLUON_MISSING or mbarrier is None or arch != "sm_90" or torch.compiler.is_compiling():
         return False
     return q.shape[3] in HEADS and q.element_size() == 2 and k.shape[2] > 0
-
-
-def _descriptor(x: torch.Tensor, rows: int):
-    """TMA's descriptor of x [B, H, T, D], cut into [rows, D]."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]], layout)
 
 
 def launch(q, k, v, o, lse, causal: bool, scale: float) -> None:
@@ -231,8 +225,8 @@ def launch(q, k, v, o, lse, causal: bool, scale: float) -> None:
     (B, H, T_q, D), (_, H_k, T_k, _) = q.shape, k.shape
     chosen = plan(H, H // H_k, causal, D)
     tiles = triton.cdiv(T_q, chosen.BLOCK_M) * B * H
-    q, o = (_descriptor(x, 64) for x in (q, o))
-    k_desc, v_desc = (_descriptor(x, chosen.BLOCK_N) for x in (k, v))
+    q, o = (descriptor(x, [1, 1, 64, D]) for x in (q, o))
+    k_desc, v_desc = (descriptor(x, [1, 1, chosen.BLOCK_N, D]) for x in (k, v))
     with device_of(lse):
         _hopper_kernel[(min(tiles, sm_count(lse.device)),)](
             q, k_desc, v_desc, o, lse, *section_sizes(k), T_q, T_k, tiles, scale * LOG2_E, PLAN=chosen,

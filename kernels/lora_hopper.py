@@ -26,16 +26,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastkit.kernels.common import architecture, device_of, sm_count, tl, triton
+from fastkit.kernels.hopper_parts import descriptor, new_barriers
 from fastkit.kernels.ladders.rung import GLUON_MISSING, gl, gluon
 from fastkit.kernels.lora_hopper_parts import (
     STRIP,
     columns_plan,
-    descriptor,
     f_box,
     factor,
     load_columns,
     load_rows,
-    new_barriers,
     new_boxes,
     new_ring,
     padded_rank,

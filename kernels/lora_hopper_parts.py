@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from fastkit.kernels.common import triton
+from fastkit.kernels.hopper_parts import new_barriers
 from fastkit.kernels.ladders.rung import gl, gluon
 
 try:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:
-    mbarrier = tma = TensorDescriptor = None
+    mbarrier = tma = None
 
 STRIP = 128  # rows and columns
 STRIP_BYTES = 2 * STRIP * STRIP
@@ -118,24 +118,9 @@ def readable(t: torch.Tensor) -> bool:
     return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) > 0 and t.data_ptr() % 16 == 0
 
 
-def descriptor(t: torch.Tensor, box: list[int]):
-    """TMA's descriptor of t [rows, columns], in boxes whose rows are swizzled as widely as they are."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * box[1]), element_bitwidth=16, rank=2)
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), box, layout)
-
-
 def f_box(PLAN: Plan) -> list[int]:
     """Of f, what 64 columns of t are multiplied with."""
     return [64, PLAN.F] if PLAN.F_ROWS else [PLAN.F, 64]
-
-
-@gluon.jit
-def new_barriers(COUNT: gl.constexpr, readers: gl.constexpr):
-    """COUNT barriers on which `readers` arrive."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=readers)
-    return barriers
 
 
 @gluon.jit

@@ -1,6 +1,5 @@
 """What the tests of sm_90's own attention backward share: tensors, shapes, its kernel in Python."""
 
-import pytest
 import torch
 
 from fastkit.kernels import attention_backward_hopper, attention_backward_parts
@@ -29,12 +28,4 @@ def simulated(monkeypatch, at_once):
 
     kernel = Simulated(attention_backward_hopper._backward_hopper_kernel, *MODULES, at_once=at_once)
     monkeypatch.setattr(attention_backward_hopper, "_backward_hopper_kernel", kernel)
-    monkeypatch.setattr(
-        attention_backward_hopper, "_descriptor", lambda x, rows, columns: Descriptor(x, [1, 1, rows, columns])
-    )
-    monkeypatch.setattr(attention_backward_hopper, "_numbers_descriptor", lambda x, length: Descriptor(x, [length]))
-
-
-def needs_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90")
+    monkeypatch.setattr(attention_backward_hopper, "descriptor", Descriptor)

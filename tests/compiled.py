@@ -1,5 +1,8 @@
 """What is wrong with the code that launches compile to: for tests of kernels' structure, on any machine."""
 
+import pytest
+import torch
+
 from fastkit.lab.compiling import Compiled, compile_launch
 from fastkit.lab.gluon_interpreter import with_constexprs
 from fastkit.lab.launches import catch
@@ -42,6 +45,12 @@ def pretended(monkeypatch, gluon, *others):
                 monkeypatch.setattr(kernels, "sm_count", lambda device: sms)
 
     return pretend
+
+
+def needs_hopper():
+    """Skip a GPU's test on another card than sm_90's."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
 
 
 def interpret(monkeypatch, kernels):

@@ -9,9 +9,9 @@ from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
-from attention_backward_case import SHAPES, needs_hopper, simulated, tensors
+from attention_backward_case import SHAPES, simulated, tensors
 from attention_case import check
-from compiled import compile_all, pretended
+from compiled import compile_all, needs_hopper, pretended
 
 from fastkit.kernels import attention_backward, attention_backward_hopper, attention_backward_parts
 from fastkit.kernels.attention_forward import launch_forward

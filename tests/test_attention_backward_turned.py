@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_backward_case import SHAPES, needs_hopper, simulated, tensors
-from compiled import compile_all, faults, pretended
+from attention_backward_case import SHAPES, simulated, tensors
+from compiled import compile_all, faults, needs_hopper, pretended
 
 from fastkit.kernels import attention, attention_backward, attention_backward_ends, attention_backward_hopper, rope
 from fastkit.kernels.attention_forward import launch_forward

@@ -8,7 +8,7 @@ from types import FunctionType, SimpleNamespace
 import pytest
 import torch
 from attention_case import check
-from compiled import compile_all, pretended
+from compiled import compile_all, needs_hopper, pretended
 
 from fastkit.kernels import attention as module
 from fastkit.kernels import attention_forward, attention_hopper, attention_parts
@@ -107,11 +107,6 @@ def test_compiled_code(D, causal, on_hopper):
     # of each warp group's last loop: the softmax between the waits for the scores and for p v
     waits = [part.split("wgmma.wait_group.sync.aligned 0")[0] for part in made.code.split("wait_group.sync.aligned 1")]
     assert [part.count("ex2.approx") for part in waits[1:]] == [66, 66]
-
-
-def needs_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90")
 
 
 SHAPES = [

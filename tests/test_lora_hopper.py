@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from compiled import compile_all, pretended
+from compiled import compile_all, needs_hopper, pretended
 from test_lora_gradients import check, inputs, normed
 from tolerance import assert_as_close_as_torch
 
@@ -201,8 +201,7 @@ def test_deep_rings():
 
 @pytest.fixture
 def few_rows_too(monkeypatch):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90")
+    needs_hopper()
     monkeypatch.setattr(lora_hopper, "LEAST_ROWS", 1)
     monkeypatch.setattr(lora_hopper, "LEAST_COLUMNS", 1)
 
