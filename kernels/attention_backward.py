@@ -264,8 +264,8 @@ def launch_backward(
     if plain and lse.is_contiguous() and attention_backward_hopper.takes(arch, do, q, k, v, dk, dv):
         turned = cos is not None and cos.shape[-1] == D
         attention_backward_hopper.launch(
-            do, q, k, v, o, lse, dq, dk, dv, causal=causal, scale=scale,
-            deterministic=torch.are_deterministic_algorithms_enabled(), **({"cos": cos, "sin": sin} if turned else {}),
+            do, q, k, v, o, lse, dq, dk, dv, causal=causal, scale=scale, cos=cos if turned else None,
+            sin=sin if turned else None, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return turned
     if TMA is None:

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastkit.models.fused_layer import FusedLayer, is_decoder_layer
-from fastkit.models.patch import fused_layers
+from fastkit.models.fused_layer import is_decoder_layer
+from fastkit.models.patch import fused_among, fused_layers
 from fastkit.models.sequences import Packed, begin, ends
 
 SMALL = 1.5e13  # parameters times tokens of a pass, up to which launches take longer than what they launch: see above
@@ -85,7 +85,7 @@ class Graphs:
         if "attention_mask" in inputs:
             raise ValueError("a captured step takes no attention_mask: leave it out, see fastkit.models.graphs")
         self._attach()
-        now = self._addresses(), [layer and layer.plan for layer in self._fused()]
+        now = self._addresses(), [layer.plan for layer in fused_among(self.layers)]
         if now != self._captured_under:  # what was captured is another step, such as of a plan that took too much
             self.captured.clear()
             self.seen.clear()
@@ -121,7 +121,7 @@ class Graphs:
         """
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
         packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
-        keepers = {layer.shared.keeper for layer in self._fused() if layer is not None}
+        keepers = {layer.shared.keeper for layer in fused_among(self.layers)}
         torch.cuda.synchronize()
         for keeper in keepers:
             keeper.settled()
@@ -147,11 +147,6 @@ class Graphs:
                 if not none:
                     gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
                 parameter.grad = gradient
-
-    def _fused(self) -> list[FusedLayer | None]:
-        """What each decoder layer runs as; None: as transformers has it."""
-        forwards = [vars(layer).get("forward") for layer in self.layers]
-        return [forward if isinstance(forward, FusedLayer) else None for forward in forwards]
 
     def _addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters]

@@ -1,7 +1,7 @@
 """Run a transformers model's decoder layers through fastkit's kernels while it learns, and give it back as it was."""
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -139,7 +139,12 @@ def set_plan(model: nn.Module, plan: Plans) -> None:
 
 def fused_layers(model: nn.Module) -> list[FusedLayer]:
     """The fused layers of `model`, first to last."""
-    return [vars(m)["forward"] for m in model.modules() if isinstance(vars(m).get("forward"), FusedLayer)]
+    return fused_among(model.modules())
+
+
+def fused_among(modules: Iterable[nn.Module]) -> list[FusedLayer]:
+    """What those of `modules` that are fused layers run as."""
+    return [vars(m)["forward"] for m in modules if isinstance(vars(m).get("forward"), FusedLayer)]
 
 
 def _plans(plan: Plans, layers: int) -> list[Plan | None]:
