@@ -11,7 +11,7 @@ from tiny import SHAPE, tiny_model
 from fastkit.cli import main
 from fastkit.errors import FastkitError
 from fastkit.lab import results
-from fastkit.models import add_lora, load
+from fastkit.models import add_lora, budget, load
 from fastkit.models.bnb import bnb, keep_differentiable
 from fastkit.models.shapes import SHAPES, config_of
 from fastkit.train import bench_contenders, bench_stages, bench_train
@@ -305,6 +305,15 @@ def test_auto_takes_what_the_budget_allows(model):
     assert "needs a --budget" in carry_out(settings(model, plan="auto"))["failed"]
     found = carry_out(settings(model, plan="auto", budget_gib=1e-4))
     assert "do not fit" in found["failed"]
+
+
+def test_auto_goes_by_the_rates_of_the_card(model, monkeypatch):
+    """What a plan costs depends on them: on an H200 another is the fastest than on a card with slower products."""
+    given, measured, choose = [], (690e12, 55e9), budget.choose
+    monkeypatch.setattr(budget, "rates", lambda device, dtype: measured)
+    monkeypatch.setattr(budget, "choose", lambda *args, rates, **kw: given.append(rates) or choose(*args, **kw))
+    bench_contenders._ours(settings(model, plan="auto", budget_gib=8.0), torch.float32)
+    assert given == [measured]
 
 
 @pytest.mark.gpu

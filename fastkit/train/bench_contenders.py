@@ -152,20 +152,19 @@ def _compute(settings: Settings) -> str:
 
 def _estimate(settings: Settings, model, dtype: torch.dtype):
     """The memory of a step, and the plan of each layer: the one that is asked for, or the fastest that fit."""
-    from fastkit.models.budget import choose
+    from fastkit.models import budget
     from fastkit.models.estimate import estimate
     from fastkit.models.plans import plan_of
 
     step, compute = (settings.batch, settings.seq, "adamw8bit", dtype), _compute(settings)
     if settings.plan != "auto":
         return estimate(model, [plan_of(settings.plan)] * model.config.num_hidden_layers, *step, compute)
-    room = settings.budget_gib or settings.limit_gib
+    device, room = resolve_device(settings.device), settings.budget_gib or settings.limit_gib
     if room is None:
-        device = resolve_device(settings.device)
         if device.type == "cpu":
             raise FastkitError("--plan auto on a CPU needs a --budget")
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
-    return choose(model, int(room * 2**30), *step, compute=compute)
+    return budget.choose(model, int(room * 2**30), *step, rates=budget.rates(device, dtype), compute=compute)
 
 
 CONTENDERS = {
