@@ -25,6 +25,8 @@ except ImportError as error:
         def jit(kernel=None, **options):
             return kernel or (lambda kernel: kernel)
 
+        constexpr_function = jit
+
     triton = tl = _NoTriton
     INTERPRETED = False
     TRITON_MISSING = str(error)

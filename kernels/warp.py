@@ -37,7 +37,6 @@ that it cannot hold wraps around (in the interpreter, numpy refuses it).
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -51,7 +50,7 @@ REDUX = {
     "max": "redux.sync.max.s32 $0, $1, 0xffffffff;",
 }
 IDENTITY = {  # what changes no result: for the lanes beyond a row's end
-    torch.float32: {"sum": 0.0, "min": math.inf, "max": -math.inf},
+    torch.float32: {"sum": 0.0, "min": "inf", "max": "-inf"},
     torch.int32: {"sum": 0, "min": 2**31 - 1, "max": -(2**31)},
 }
 
@@ -65,6 +64,12 @@ def reference(x: torch.Tensor, kind: str = "sum") -> torch.Tensor:
     """The same in plain torch: `kind` of each row of x [M, N]. fp64 stays fp64: the tests' truth."""
     x = x if x.dtype == torch.int32 else x.to(torch.promote_types(x.dtype, torch.float32))
     return x.sum(-1, dtype=x.dtype) if kind == "sum" else getattr(x, f"a{kind}")(-1)
+
+
+@triton.constexpr_function
+def _number(identity):
+    """One of IDENTITY as a number: of math.inf torch.compile (2.11) makes a name that its code does not know."""
+    return float(identity) if isinstance(identity, str) else identity
 
 
 @triton.jit
@@ -88,10 +93,10 @@ def _rows_kernel(
     """
     row = tl.program_id(0).to(tl.int64)  # row * stride can pass 2**31
     dtype = y_ptr.dtype.element_ty
-    found = tl.full([LANES], IDENTITY, dtype)
+    found = tl.full([LANES], _number(IDENTITY), dtype)
     for start in range(0, N, SHARE * LANES):
         cols = start + SHARE * tl.arange(0, LANES)[:, None] + tl.arange(0, SHARE)[None, :]  # [LANES, SHARE]
-        x = tl.load(x_ptr + row * stride_xm + cols, mask=cols < N, other=IDENTITY).to(dtype)
+        x = tl.load(x_ptr + row * stride_xm + cols, mask=cols < N, other=_number(IDENTITY)).to(dtype)
         found = _combine(found, _reduce(x, 1, KIND), KIND)
     tl.store(y_ptr + row, _reduce(found, 0, KIND))
 
@@ -106,11 +111,11 @@ def _own_number(
     128-bit loads would be a tile [LANES, SHARE], and a row that is not aligned is dealt out one number a lane: then the
     sum over SHARE is itself made by shuffles, and lanes end with numbers that are not theirs alone.
     """
-    found = tl.full([LANES], IDENTITY, dtype)
+    found = tl.full([LANES], _number(IDENTITY), dtype)
     for start in range(0, N, SHARE * LANES):
         for step in tl.static_range(SHARE):
             cols = start + step * LANES + tl.arange(0, LANES)
-            found = _combine(found, tl.load(x_ptr + cols, mask=cols < N, other=IDENTITY).to(dtype), KIND)
+            found = _combine(found, tl.load(x_ptr + cols, mask=cols < N, other=_number(IDENTITY)).to(dtype), KIND)
     return found
 
 

@@ -170,9 +170,10 @@ class Paired(torch.autograd.Function):
         return *grads, None
 
 
-def not_turned(*found, into, v=None, **rest):
-    for to, x in zip(into, found if v is None else (*found, v), strict=False):
-        to.copy_(x)
+def not_turned(dq, dk, cos, sin, into, v, inverse):
+    for to, x in zip(into, (dq, dk, v), strict=True):
+        if x is not None:  # else it is copied by whoever asks
+            to.copy_(x)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_data, tiny_model
 
 from fastkit.errors import FastkitError
+from fastkit.lab.sources import child_environment
 from fastkit.models import smollm2
 from fastkit.models.keeping import Keeper
 from fastkit.train import data
@@ -35,8 +36,8 @@ def nothing():
 
 
 def run_python(code: str, **variables) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    options = dict(capture_output=True, text=True, env=child_environment(**variables), cwd=ROOT)
+    return subprocess.run([sys.executable, "-c", code], **options)
 
 
 def open_to_others(*folders: Path) -> list[str]:
@@ -226,8 +227,9 @@ finally:
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_so_does_one_that_is_told_to_end(number):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, env=child_environment()
+    ) as child:
         assert child.stdout.readline() == "within\n"
         time.sleep(0.2)
         child.send_signal(number)

@@ -244,6 +244,7 @@ def test_by_hand_nothing_runs_in_the_interpreter():
 DYNAMO = """
 import torch, torch.utils._triton
 torch.utils._triton.has_triton = lambda *a: True  # no GPU, but what would be traced with one
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from fastkit.kernels import warp
 warp.on_triton, warp.architecture = (lambda *a: True), (lambda device: "sm_90")
 
@@ -251,14 +252,17 @@ class Traced(Exception):
     pass
 
 def backend(graph, inputs):
-    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    print(sum(getattr(call, "__name__", "") == "triton_kernel_wrapper_mutation" for call in calls))
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    launches = [call for call in calls if getattr(call.target, "__name__", "") == "triton_kernel_wrapper_mutation"]
+    print(len(launches))
+    for launch in launches:  # inductor writes them into code
+        eval(repr(kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])))
     def run(*inputs):
         raise Traced
     return run
 
-x = torch.zeros(8, 32, dtype=torch.int32)
 for function in (warp.row_sum, warp.shuffle_max, warp.redux, warp.broadcast_first, warp.all_equal):
+    x = torch.zeros(8, 32, dtype=torch.int32 if function is warp.redux else torch.float32)
     try:
         torch.compile(function, backend=backend, fullgraph=True)(x)
     except Traced:

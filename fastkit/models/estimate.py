@@ -7,14 +7,16 @@ half's backward holds for a while:
     MLP         gate, up and their gradient in one buffer, then the larger of
                 W_d and da                                          2 M I + K I + M I
                 W_gu and n or dn                                    2 M I + 2 I K + M K
-    attention   q, k, v, their gradients, o, do                     2 M (Q + 2 N) + 2 M Q, and the larger of
-                cuDNN's own gradients, a sum for dq in fp32         M (Q + 2 N) + 2 M Q
-                W_qkv and n or dn                                   (Q + 2 N) K + M K
+    attention   the gradients of q, k and v, and the larger of
+                do, cuDNN's own gradients, a sum for dq in fp32     2 M (Q + 2 N) + M Q + 2 M Q
+                W_qkv and n or dn                                   M (Q + 2 N) + (Q + 2 N) K + M K
 
-and x, dy; where gate and up, or q, k and v, are computed again, W_gu and W_qkv from then on. The MLP's forward holds
-less, but where a plan offloads, what was kept is there on its way out. In FP8 a number of W is one byte, dy is there in
-FP8 too, and so are the gradients of gate and up, over da, with SwiGLU's result beside them for a while; when W_gu is
-written, gate and up are gone, and no weight is held.
+and dy; where gate and up, or q, k and v, are computed again, these, and W_gu and W_qkv from then on. When the attention
+half's turn comes, what the MLP kept is gone; where a plan offloads, the next MLP's is on its way back instead. The
+MLP's forward holds less, but where a plan offloads, what was kept is there on its way out, and transformers holds the
+embeddings. In FP8 a number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da,
+with SwiGLU's result beside them for a while; when W_gu is written, gate and up are gone, and no weight is held. Our own
+backward of attention writes dq, dk and dv where they belong: then cuDNN's are counted for nothing.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
 the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
@@ -91,19 +93,30 @@ class Shape:
     def transient(self, M: int, plan: Plan) -> int:
         """The most bytes that a layer's backward holds beside what was kept."""
         K, Q, N, s = self.hidden, self.queries, self.keys, self.itemsize
-        mlp = self._mlp(-(-M // plan.chunks), plan.gate_up, plan.holds)
-        if plan.chunks > 1:
-            mlp += 2 * M * K * s  # the parts of dx, and the whole
-        qkv = M * (Q + 2 * N)
-        attention = (qkv + (0 if plan.qkv else qkv) + 2 * M * Q) * s
+        m = -(-M // plan.chunks)
+        mlp = self._mlp(m, plan.gate_up, plan.holds)
+        if plan.chunks > 1:  # the parts of dx, and in the end the whole beside them
+            mlp = max(mlp + (M - m) * K * s, 2 * M * K * s)
+        qkv, o = M * (Q + 2 * N) * s, M * Q * s
         product, W_qkv = M * K * s, (Q + 2 * N) * K * self.factor
         held = W_qkv if plan.holds and plan.attention and not plan.qkv and not self.fp8 else 0
-        cudnn = qkv * s + 4 * M * Q  # its own dq, dk and dv, and a sum for dq in fp32
-        attention += max(product + W_qkv, cudnn + held)
+        again = (0 if plan.qkv else qkv) + (0 if plan.attention else o)
+        attention = qkv + max(again + o + self.cudnn(M) + held, product + W_qkv)
         attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
-            mlp += (qkv + M * Q + M * K) * s
-        return max(mlp, attention) + 2 * M * K * s  # x and dy
+            mlp += qkv + o + M * K * s
+        if not plan.offload:  # what the MLP kept is gone by then
+            attention -= self.of_mlp(M, plan)
+        return max(mlp, attention) + M * K * s  # dy
+
+    def cudnn(self, M: int) -> int:
+        """Bytes of what cuDNN's backward of attention has for itself: dq, dk and dv, and a sum for dq in fp32."""
+        return M * (self.queries + 2 * self.keys) * self.itemsize + 4 * M * self.queries
+
+    def of_mlp(self, M: int, plan: Plan) -> int:
+        """Bytes of what the MLP keeps under `plan`."""
+        numbers = (self.hidden if plan.attention else 0) + (2 * self.intermediate if plan.gate_up else 0)
+        return M * numbers * self.itemsize
 
     def leaving(self, M: int, plan: Plan) -> tuple[int, int]:
         """(bytes of what is offloaded that are on the device in the MLP's forward, the most bytes beside them).
@@ -118,7 +131,8 @@ class Shape:
         gate_up = (m * K + 2 * I * K) * self.factor + hidden
         down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
         most = max(gate_up, hidden + m * I * self.factor, down)
-        return before + own, most + M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
+        most += M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
+        return before + own, most + M * K * s  # and the embeddings, which transformers holds while it goes forward
 
     def _mlp(self, m: int, kept: bool, holds: bool) -> int:
         """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not, W_gu held or not."""

@@ -13,6 +13,7 @@ Validation is by transformers' own layers, in all: it compares what was learned.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -230,12 +231,14 @@ def compare(config: SameLearningConfig) -> dict:
     if dtype == torch.float16:
         raise FastkitError("this card computes in fp16, which needs loss scaling: take --dtype fp32")
     kind = "fp8" if config.compute == "fp8" else {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    stock, batches = learn(config, None)
-    runs = {"transformers": stock}
-    if config.repeat_stock:
-        runs["transformers again"], _ = learn(config, None, batches)
-    for plan in config.plan:
-        runs[f"ours, {plan}"], _ = learn(config, plan, batches)
+    contenders = {"transformers": None} | ({"transformers again": None} if config.repeat_stock else {})
+    contenders |= {f"ours, {plan}": plan for plan in config.plan}
+    runs, batches = {}, None
+    for who, plan in contenders.items():
+        print(f"{who} ...", file=sys.stderr, flush=True)
+        runs[who], batches = learn(config, plan, batches)
+        print(f"  validation loss {runs[who].validation:.6f}", file=sys.stderr, flush=True)
+    stock = runs["transformers"]
     rows = []
     for who, run in runs.items():
         row = {"who": who, "validation_loss": run.validation, "first_loss": run.losses[0], "last_loss": run.losses[-1]}
