@@ -256,7 +256,9 @@ def test_contenders_are_as_asked():
     labels = [bench_train.label(s) for s in config.settings()]
     ours = ["ours, keep", "ours, auto 8 GiB", "ours, auto 6 GiB"]
     assert labels == ["hf", "unsloth-keep", *ours, *(f"{who}, fp8" for who in ours)]
-    assert all(s.shape == "mistral-7b" and s.seq == 2048 for s in config.settings())
+    assert all(s.shape == "mistral-7b" and s.seq == 2048 and s.limit_gib is None for s in config.settings())
+    config.limit = "budget"
+    assert [s.limit_gib for s in config.settings()] == [None] * 3 + [8, 6, None, 8, 6]
 
 
 def test_the_checkpoint_for_others_holds_the_same_weights(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +65,10 @@ class TrainBenchConfig:
         default_factory=lambda: ["off"],
         metadata={"help": "off: ours launched kernel by kernel; on: forward and backward as one CUDA graph; or both"},
     )
-    limit: str | None = flag(None, "what torch may take of the GPU's memory in each process, such as 7.2GiB")
+    limit: str | None = flag(
+        None,
+        "what torch may take of the GPU's memory in each process, such as 7.2GiB; budget: what --budget says",
+    )
     time_limit: float = flag(900.0, "seconds that one contender may take")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     seed: int = flag(0, "of the weights, the adapters and the tokens")
@@ -98,7 +101,9 @@ class TrainBenchConfig:
                 raise FastkitError(f"--graphs {graphs!r} is unknown: use {', '.join(GRAPHS)}, or both")
         if not self.others() and not self.plans():
             raise FastkitError("--vs none --plan none leaves nothing to time")
-        for size in [*self.budget, *([self.limit] if self.limit else [])]:
+        if self.limit == "budget" and not self.budget:
+            raise FastkitError("--limit budget needs a --budget")
+        for size in [*self.budget, *([self.limit] if self.limit not in (None, "budget") else [])]:
             gib(size)
         device = resolve_device(self.device)
         if "bf16" in self.compute and (dtype := resolve_dtype("auto", device)) != torch.bfloat16:
@@ -120,13 +125,13 @@ class TrainBenchConfig:
 
     def settings(self) -> list[Settings]:
         """Of each contender's process, in their order."""
-        limit_gib = gib(self.limit) if self.limit else None
+        limit_gib = gib(self.limit) if self.limit not in (None, "budget") else None
         shared = {
             name: getattr(self, name) for name in ("shape", "batch", "seq", "rank", "steps", "warmup", "device", "seed")
         }
         shared |= {"limit_gib": limit_gib, "strategy": self.strategy}
         others = [Settings(who, **shared) for who in self.others()]
-        return others + [
+        ours = [
             Settings("ours", **shared, plan=plan, compute=compute, budget_gib=budget, processes=count, graphs=graphs)
             for graphs in (each == "on" for each in self.graphs)
             for count in self.processes
@@ -134,6 +139,9 @@ class TrainBenchConfig:
             for plan in self.plans()
             for budget in (map(gib, self.budget) if plan == "auto" and self.budget else [None])
         ]
+        if self.limit == "budget":
+            ours = [replace(settings, limit_gib=settings.budget_gib) for settings in ours]
+        return others + ours
 
 
 def gib(size: str) -> float:
@@ -196,7 +204,7 @@ def label(settings: Settings) -> str:
 
 
 def _as(settings: Settings, who: str, checkpoint: Path | None) -> Settings:
-    return Settings(**{**vars(settings), "who": who, "checkpoint": str(checkpoint) if checkpoint else None})
+    return replace(settings, who=who, checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def _start(settings: Settings, scratch: Path, config: TrainBenchConfig) -> dict:
