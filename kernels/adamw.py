@@ -17,18 +17,15 @@ Two launches, because the first new p needs every g. The first sums g² and, in 
 sum, t and lr the few numbers that the second reads: the host knows none of them and waits for nothing, so that a CUDA
 graph can replay both. Gradients are read twice; the second launch starts at the end that the L2 cache still holds.
 
-The same bits every time: each program adds its own g² in a fixed order, and the last program adds all their sums by
-number, not by time of arrival. Which program comes last changes nothing. Nor does the card: how many programs there are
-hangs on n alone.
+The same bits every time and on every card: each program adds its own g² in a fixed order, the last one all their sums
+by number, not by time of arrival, and how many programs there are hangs on n alone.
 
 8-bit state (`adamw_state`): a byte and its block's absmax become fp32 as they are loaded. On the way back the byte is
-the number of midpoints of the map that lie below m / absmax, found by walking down a tree of them: eight loads a
-number, from 1 KiB that stays in the L1 cache. A block of 256 is a warp's work, eight numbers a lane, so that its absmax
-is found by shuffles alone.
+the number of midpoints of the map below m / absmax, found by walking down a tree of them: eight loads a number, from
+1 KiB that stays in L1. A block of 256 is a warp's work, so that its absmax is found by shuffles alone.
 
-Casts: every load is converted to fp32 at once and all arithmetic is fp32; 1 - beta^t is computed in fp64, because fp32
-loses four of beta2's digits there. p is rounded once, when it is stored; so is `copy`. The state is fp32, or is rounded
-to 8 bits after p has been computed from its exact value.
+Casts: all arithmetic is fp32, but for 1 - beta^t in fp64: fp32 loses four of beta2's digits there. p is rounded once,
+when it is stored; so is `copy`. State of 8 bits is rounded after p has been computed from its exact value.
 """
 
 import functools

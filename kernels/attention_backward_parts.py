@@ -7,17 +7,12 @@ from dataclasses import dataclass
 
 from fastkit.kernels.attention_backward_ends import BLOCK_M
 from fastkit.kernels.hopper_parts import new_barriers
-from fastkit.kernels.ladders.rung import gl, gluon
+from fastkit.kernels.ladders.rung import barrier, gl, gluon
 
 try:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 except ImportError:
     mbarrier = tma = None
-
-try:
-    from triton.experimental.gluon.language import barrier
-except ImportError:  # before Triton 3.7, or there is no Gluon
-    barrier = getattr(gl, "thread_barrier", None)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ scales   [4, 8] of rows: nested_absmax, which 256 blocks share and so W side by 
 import functools
 from dataclasses import dataclass
 
-from fastkit.kernels.ladders.rung import gl, gluon
+from fastkit.kernels.ladders.rung import barrier, gl, gluon
 from fastkit.kernels.merged_lines_parts import W, absmax_of
 
 try:
     from triton.experimental.gluon.language.nvidia.ampere import async_copy
 except ImportError:
     async_copy = None
-barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # Triton 3.8 and 3.6
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,28 @@
 The maths is that of `nf4_matvec`, whose own kernels run wherever this one does not (see `takes`). What they pay for
 beside the bytes, and what this one does about it:
 
-waiting     The whole takes about ten times as long as memory takes to answer. So a warp asks for its words `depth`
-            turns ahead, the first of them before all else, by copies (cp.async) into its part of a ring in shared
-            memory, and waits for the oldest alone. Loads into registers it would await all at once: the compiler has a
-            loop's loads counted by one counter. absmax comes with the words. Warps meet at the end, to add up.
+waiting     The whole takes ten times as long as memory takes to answer. So a warp asks for its words `depth` turns
+            ahead, the first before all else, by copies (cp.async) into its part of a ring in shared memory, and waits
+            for the oldest alone: a loop's loads into registers have one counter for all. Warps meet to add up.
 decoding    A number took a shift, a mask and a load from shared memory, and came as two, a product each. Here a byte is
             looked up: two numbers, as a tensor core takes them. The table has 256 entries, 32 times: lane l reads the
             copy in bank l, and no two lanes want the same bank. The address, 128 * byte + 4 * lane, is one instruction:
             a dot product of a word's bytes with 128 in one place.
-precision   fp16 has 11 bits, and CODE may be scaled, and y after: by SCALE, at which all 16 values lie near numbers of
-            fp16, 20 times nearer than weights dequantized to bfloat16 to theirs. So x in bfloat16 is turned into fp16,
-            a block at a time by a power of two, which absmax takes back.
+precision   fp16 has 11 bits, and CODE may be scaled: by SCALE all 16 values lie near numbers of fp16, 20 times nearer
+            than weights dequantized to bfloat16 to theirs. So x in bfloat16 is turned into fp16, a block at a time by
+            a power of two, which absmax takes back, as y takes SCALE.
 layout      A product may take k in any order. So a lane reads the words that belong to its place in the tensor core, x
             in the same order, and nothing moves between lanes. Triton leaves that order to no one: hence Gluon.
-absmax      A lane finds that of one of 4 blocks, in both its rows. Of a product's 8 columns 1 or 2 rows of x leave most
-            empty: so x of all 4 blocks stands there side by side, and a lane has the sums of the very block whose
-            absmax it found. Up to 4 rows leave room for 2 blocks; shuffles then show absmax around.
-programs    One runs on an SM, or two: a table serves many rows. A warp takes 128 bytes of 16 rows, its x in registers.
-            Where warps do not cover all columns, a program takes its rows for a stretch of them, then for the next.
+absmax      It comes with the words; a lane finds that of one of 4 blocks, in both its rows. Of a product's 8 columns
+            1 or 2 rows of x leave most empty: so x of all 4 blocks stands there side by side, and a lane has the sums
+            of its own block. Up to 4 rows leave room for 2 blocks; shuffles then show absmax around.
+programs    One runs on an SM, or two: a table serves many rows. A warp takes 128 bytes of 16 rows, its x in registers;
+            where warps do not cover all columns, a program takes its rows for one stretch of them after another.
 
 What is left: an SM's shared memory moves 128 bytes a clock, and a turn of a warp, 2 KB of words, takes it about 112
-clocks, 64 of them for looking up, 32 for the words to arrive and be read. 2 KB take an H200's memory 113. On that card
-14336 x 4096 and one row in bfloat16, from a graph, takes 12.5 us (15.3, 12.7 and 13.7 with depths of 1, 3 and 4);
-bitsandbytes 38.8, nf4_matvec's own kernel 33.2, the bytes at a copy's speed 7.2.
+clocks, 64 of them for looking up, 32 for the words to arrive and be read; an H200's memory takes 113. There 14336 x
+4096 and one row in bfloat16 take 12.5 us from a graph (15.3, 12.7, 13.7 with depths of 1, 3, 4); bitsandbytes 38.8,
+nf4_matvec's own kernel 33.2. Launched alone 18.5, and a kernel that only reads the bytes 9.6; at a copy's speed 7.2.
 
 Casts: CODE * SCALE is rounded to fp16; absmax, sums and products of both are fp32; y is rounded once.
 """
@@ -36,11 +35,9 @@ from collections.abc import Callable
 import torch
 
 from fastkit.kernels.common import architecture, device_of, sm_count
-from fastkit.kernels.ladders.rung import GLUON_MISSING, gl, gluon
+from fastkit.kernels.ladders.rung import GLUON_MISSING, barrier, gl, gluon
 from fastkit.kernels.nf4 import NF4Weight, empty_nf4, kernel_arguments
 from fastkit.kernels.nf4_matvec_parts import most_tiles, plan
-
-barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # Triton 3.8 and 3.6
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ except ImportError:
     GLUON_MISSING = TRITON_MISSING or f"triton {triton.__version__} has no Gluon"
 else:
     GLUON_MISSING = "Triton's interpreter cannot run Gluon" if INTERPRETED else ""
+barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # Triton 3.8 and 3.6
 
 
 @dataclass(frozen=True)
