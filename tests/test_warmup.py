@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,14 @@ from tiny import tiny_data, tiny_model
 
 from fastkit.cli import main
 from fastkit.errors import FastkitError
-from fastkit.kernels import choices
+from fastkit.kernels import attention_forward, choices
 from fastkit.lab.compilations import Compilation
+from fastkit.models import graphs, warmup_rows
+from fastkit.models.sequences import begin, ends
 from fastkit.models.warmup import WarmUp, shapes, warm_up
+from fastkit.models.warmup_rows import Heads, Rows, packed_rows
+
+HEADS = Heads(4, 2, 16, torch.float32)  # of tiny models
 
 
 @pytest.fixture
@@ -143,7 +150,8 @@ def test_the_steps_run_as_references_on_a_cpu(folders, cache):
     for arch in ("llama", "qwen3"):
         found = warm_up(str(folders[arch]), batch=2, seq=5, rank=4, plans=["keep", "leanest", "off"], device="cpu")
         sizes, few = len(shapes(2, 5)), 3  # lengths of 5, 4 and 1
-        assert found.steps == 1 + sizes + 2 * 2 * few + sizes
+        packed = len(packed_rows(range(1, 3), range(1, 6), HEADS))
+        assert packed > 2 and found.steps == 1 + sizes + packed + 2 * few + sizes
         assert (found.compiled, found.cached, found.binaries) == ((), 0, None)
     assert not choices.folder().exists(), "nothing is timed on a CPU"
 
@@ -158,7 +166,9 @@ def test_every_kind_of_layer_has_one(folder, cache):
         max_window_layers=1,
         num_hidden_layers=4,
     )
-    assert warm_up(str(model), batch=1, seq=5, rank=4, plans=["keep"], every_length=False, device="cpu").steps == 4
+    one = warm_up(str(model), batch=1, seq=5, rank=4, plans=["keep"], every_length=False, device="cpu")
+    packed = packed_rows(range(1, 2), range(5, 6), replace(HEADS, windows=(3,)))
+    assert one.steps == 3 + len(packed) > 4
 
 
 def test_shapes():
@@ -171,13 +181,70 @@ def test_shapes():
     assert shapes(1, 1) == [(1, 1)]
 
 
-def test_no_batch_of_another_shape_needs_another_binary(folders):
-    script = Path(__file__).parent / "specialisations.py"
+@pytest.mark.parametrize(
+    ("heads", "batch", "seq", "cached"),
+    [
+        (HEADS, 3, 96, 2**24),
+        (HEADS, 2, 150, 2**13),
+        (Heads(32, 8, 128, torch.bfloat16), 4, 2048, 2**24),
+        (Heads(9, 3, 64, torch.bfloat16, (1024,)), 4, 2048, 2**24),
+        (Heads(32, 32, 100, torch.bfloat16), 2, 300, 2**24),
+    ],
+)
+def test_packed_rows_stand_for_all(monkeypatch, heads, batch, seq, cached):
+    draw = random.Random(0)
+    monkeypatch.setattr(attention_forward, "CACHED_BYTES", cached)
+    found = packed_rows(range(1, batch + 1), range(1, seq + 1), heads)
+    kinds = {kind for one in found for kind in warmup_rows._binaries(one, heads)}
+    assert len(found) <= len(kinds)
+    for _ in range(5000):
+        rows, tokens = draw.randint(1, batch), draw.choice([draw.randint(2, seq), draw.randint(2, min(seq, 40))])
+        longest = draw.randint(1, tokens)
+        fewest, most = max(rows * -(-tokens // longest), rows + 1), rows * tokens - longest + 1
+        room = graphs.FEWEST_SEQUENCES * 2 ** draw.randint(0, max(0, (rows * tokens - 1).bit_length() - 4))
+        others = [Rows(rows, tokens, room, tokens, captured=True)]
+        if fewest <= most:
+            others.append(Rows(rows, tokens, draw.randint(fewest, most), longest))
+        for other in others:
+            assert set(warmup_rows._binaries(other, heads)) <= kinds, other
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2, 1), (1, 9, 3, 4), (1, 9, 5, 4), (2, 5, 7, 4), (3, 4, 9, 4), (2, 3, 6, 1)])
+def test_packed_rows_are_what_they_are_called(size):
+    rows, tokens, sequences, longest = size
+    positions = Rows(*size).position_ids(torch.device("cpu"))
+    ended = ends(begin(positions))
+    assert positions.shape == (rows, tokens) and len(ended) == sequences + 1 and ended.diff().max() == longest
+    assert Rows(*size).packed(positions.device) is None
+
+
+def test_captured_rows_have_sequences_of_no_tokens():
+    one = Rows(2, 5, 16, 5, captured=True)
+    positions = one.position_ids(torch.device("cpu"))
+    assert positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+    packed = one.packed(positions.device)
+    assert packed.longest == 5 and packed.cu_seqlens.dtype == torch.int32
+    assert packed.cu_seqlens.tolist() == graphs.filled(ends(begin(positions))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {}),
+        (
+            "mistral",
+            dict(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=24, sliding_window=40),
+        ),
+    ],
+    ids=["heads of 16", "heads of 24 and a window"],
+)
+def test_no_batch_of_another_shape_needs_another_binary(tmp_path, arch, changes):
+    model, script = tiny_model(tmp_path, arch, **changes), Path(__file__).parent / "specialisations.py"
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    keys = json.loads(run(code, script, folders["llama"], 2, 150, "sm_90", "fp16").splitlines()[-1])
+    keys = json.loads(run(code, script, model, 2, 150, "sm_90", "fp16").splitlines()[-1])
     kernels = {key.split()[0] for key in keys["warmed"]}
     assert {"_merge_kernel", "_rotate_kernel", "_reduce_kernel", "_backward_dq_kernel"} <= kernels
-    assert len(keys["warmed"]) > 50
+    assert len(keys["warmed"]) > 50 and len(keys["packed"]) > 30
     assert keys["missed"] == []
 
 
@@ -202,7 +269,8 @@ def test_the_command(folders, cache, capsys):
     flags = ["--model", str(folders["llama"]), "--batch", "1", "--seq", "8", "--rank", "4", "--every_length", "false"]
     assert main(["warmup", *flags, "--plan", "keep", "leanest", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "0 kernels compiled" in out and "6 steps" in out and str(choices.folder()) in out
+    steps = 4 + len(packed_rows(range(1, 2), range(8, 9), HEADS))
+    assert "0 kernels compiled" in out and f" {steps} steps" in out and str(choices.folder()) in out
     assert main(["warmup", *flags, "--plan", "lean", "--device", "cpu"]) == 2
     assert "lean" in capsys.readouterr().err
 

@@ -190,7 +190,7 @@ class FusedLayer:
             raise Refusal(f"the attention is {implementation!r}, whose masks cannot be read")
         parts = read_layer(layer)
         (B, T), D, found = x.shape[:2], attention.head_dim, parts.projections
-        window = _window(attention)
+        window = window_of(attention)
         packed = self.shared.sequences.read(mask, position_ids, B, T, window, implementation)
         if window is not None and window >= T:
             window = None
@@ -215,7 +215,7 @@ class FusedLayer:
         return pieces.Norm(weight, self.following.variance_epsilon)
 
 
-def _window(attention: nn.Module) -> int | None:
+def window_of(attention: nn.Module) -> int | None:
     """How many keys a query of this layer sees; Mistral says it for all layers, Qwen for each."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window

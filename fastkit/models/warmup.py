@@ -7,17 +7,20 @@ model needs no gradient of its input), random weights and adapters. Binaries sta
 card and versions; attention backends are timed, and the fastest stays in fastkit's (see `choices.py`).
 
 Which shapes. Triton compiles anew for each integer argument that is 1, or divisible by 16, or neither, and for each
-constant. Constants of the launches hang on the model, the rank and the dtype alone. Integers hang on
+constant. Constants of the launches hang on the model, the rank and the dtype alone; only whether attention has a window
+hangs on the length of a row. Integers hang on
 
 * the records of a batch: `batch`, and what is left at the end of an epoch, 1 to batch - 1;
 * their length, for a batch is as wide as its longest record: every length up to SHORT, where sums are split into 1, 16
   or another number of parts, and a dense sample of those above, with every remainder by 16;
 * the columns with labels: all. With fewer, the rows of the loss are as many as those of a shorter batch;
-* whether sequences begin within rows, padded on the left or packed, which is another kernel for attention.
+* where sequences begin within rows, packed or padded on the left, which is another kernel for attention: few rows show
+  all that it can become, see `warmup_rows.py`.
 
 Data pointers are aligned to 16 bytes in all of them: allocations are, by 512, and rows and parts begin at multiples of
-16 numbers. Every length is run under one plan, and every plan at three lengths: plans launch the same kernels, some
-on parts of the rows. torch's and bitsandbytes' kernels, the optimizers' among them, come compiled.
+16 numbers. Every length and all packed rows are run under one plan, and every plan at three lengths: plans launch the
+same kernels, some on parts of the rows, though attention on whole batches alone. torch's and bitsandbytes' kernels, the
+optimizers' among them, come compiled.
 """
 
 import copy
@@ -35,10 +38,13 @@ from fastkit.kernels import choices
 from fastkit.kernels.attention_choice import deciding
 from fastkit.lab.compilations import Compilation, compilations
 from fastkit.models import random_weights
+from fastkit.models.fused_layer import window_of
+from fastkit.models.graphs import told
 from fastkit.models.load import config_for, resolve_device, resolve_dtype
 from fastkit.models.lora import add_lora
-from fastkit.models.patch import patch, patched, set_plan, unpatch
+from fastkit.models.patch import fused_layers, patch, patched, set_plan, unpatch
 from fastkit.models.plans import PLANS, plan_of
+from fastkit.models.warmup_rows import Heads, Rows, packed_rows
 
 SHORT = 128  # tokens
 ALL = (*PLANS, "off")
@@ -99,7 +105,7 @@ def warm_up(
         rank, dropout: of the adapters.
         plans: names of `plans.PLANS`, and "off" for layers that are not fused.
         compute: of fused layers, as in `patch`.
-        every_length: False for batches of that one shape alone.
+        every_length: False for batches of that one shape alone, packed ones among them.
         device, dtype: as in `load`; without a GPU the steps run, and compile nothing.
 
     Raises FastkitError for what `load` refuses, a bad value, an unknown plan, more tokens than the model's context.
@@ -120,9 +126,10 @@ def warm_up(
                     steps += _steps(net, dtype, [(batch, seq)])
                 with deciding("ours"):  # cuDNN would make a plan of its own for each length
                     steps += _steps(net, dtype, every)
+                    steps += _packed_steps(net, dtype, packings(net, dtype, batch, seq, every_length))
                     for plan in fused:
                         set_plan(net, plan)
-                        steps += _steps(net, dtype, few) + _steps(net, dtype, few, left_padded=True)
+                        steps += _steps(net, dtype, few)
         if "off" in plans:
             patch(net, layers=False)
             steps += _steps(net, dtype, every)
@@ -143,6 +150,20 @@ def shapes(batch: int, seq: int) -> list[tuple[int, int]]:
     found = [(records, tokens) for records in {1, batch} for tokens in lengths]
     found += [(records, seq - less) for records in range(2, batch) for less in range(0, 16, 3) if seq > less]
     return sorted(found, reverse=True)  # what does not fit in memory fails first
+
+
+def packings(net: nn.Module, dtype: torch.dtype, batch: int, seq: int, every_length: bool = True) -> list[Rows]:
+    """The packed batches that stand for all of up to `batch` rows of `seq` tokens, or for all of just so many; none for
+    a model without fused layers, whose attention is not ours."""
+    attentions = [layer.layer.self_attn for layer in fused_layers(net)]
+    if not attentions:
+        return []
+    config, windows = net.config, {window_of(attention) for attention in attentions} - {None}
+    heads = Heads(
+        config.num_attention_heads, config.num_key_value_heads, attentions[0].head_dim, dtype, tuple(sorted(windows))
+    )
+    least = (1, 1) if every_length else (batch, seq)
+    return packed_rows(range(least[0], batch + 1), range(least[1], seq + 1), heads)
 
 
 def _check(config, batch: int, seq: int, plans: Sequence[str]) -> None:
@@ -170,21 +191,33 @@ def _small(config, dtype: torch.dtype, device: torch.device, rank: int, dropout:
     return add_lora(random_weights.build(config, dtype, device), rank=rank, dropout=dropout).train()
 
 
-def _steps(net: nn.Module, dtype: torch.dtype, sizes: list[tuple[int, int]], left_padded: bool = False) -> int:
-    """Forward and backward, and a validation's forward, of a batch of each size; how many there were."""
-    device, vocabulary = net.device, net.config.vocab_size
-    mixed = device.type == "cuda" and dtype != torch.float32
+def _steps(net: nn.Module, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> int:
+    """A step with a batch of each size; how many there were."""
     for records, tokens in sizes:
-        ids = torch.randint(vocabulary, (records, tokens), device=device)
-        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        if left_padded:
-            inputs["attention_mask"] = (torch.arange(tokens, device=device) >= tokens // 2).long().expand(records, -1)
-        with torch.autocast(device.type, dtype) if mixed else nullcontext():
-            net(**inputs, num_items_in_batch=torch.tensor(ids.numel(), device=device)).loss.backward()
-            with torch.no_grad():
-                net(**inputs, num_items_in_batch=torch.ones((), device=device))
-        net.zero_grad(set_to_none=True)
+        _step(net, dtype, records, tokens)
     return len(sizes)
+
+
+def _packed_steps(net: nn.Module, dtype: torch.dtype, batches: list[Rows]) -> int:
+    """A step with each batch; how many there were."""
+    for one in batches:
+        packed = one.packed(net.device)
+        with nullcontext() if packed is None else told(net, packed):
+            _step(net, dtype, one.rows, one.tokens, position_ids=one.position_ids(net.device))
+    return len(batches)
+
+
+def _step(net: nn.Module, dtype: torch.dtype, records: int, tokens: int, **inputs: torch.Tensor) -> None:
+    """Forward and backward, and a validation's forward."""
+    device = net.device
+    mixed = device.type == "cuda" and dtype != torch.float32
+    ids = torch.randint(net.config.vocab_size, (records, tokens), device=device)
+    inputs |= {"input_ids": ids, "labels": ids, "use_cache": False}
+    with torch.autocast(device.type, dtype) if mixed else nullcontext():
+        net(**inputs, num_items_in_batch=torch.tensor(ids.numel(), device=device)).loss.backward()
+        with torch.no_grad():
+            net(**inputs, num_items_in_batch=torch.ones((), device=device))
+    net.zero_grad(set_to_none=True)
 
 
 def _binaries(device: torch.device) -> Path | None:
