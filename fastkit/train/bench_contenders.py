@@ -29,6 +29,7 @@ from fastkit.models.load import first_line, resolve_device
 from fastkit.models.lora import PROJECTIONS
 from fastkit.models.shapes import SHAPES
 from fastkit.train import processes
+from fastkit.train.memory import growing_segments
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def carry_out(settings: Settings) -> dict:
     from fastkit.train.bench_run import measure
     from fastkit.train.bench_stages import card_facts
 
+    if settings.who == "ours":
+        growing_segments()
     settings = replace(settings, device=processes.device_of(settings.device))
     device = resolve_device(settings.device)
     if device.type == "cuda":

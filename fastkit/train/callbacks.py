@@ -110,6 +110,16 @@ class Spent(TrainerCallback):
             state.stateful_callbacks["Spent"] = {"args": {}, "attributes": self.total()}
 
 
+class Rehearsal(TrainerCallback):
+    """Calls `rehearse` when all is set up and no step has begun."""
+
+    def __init__(self, rehearse: Callable[[], None]):
+        self.rehearse = rehearse
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rehearse()
+
+
 class Bar(TrainerCallback):
     """A plain progress bar for a terminal: step, losses, time left."""
 

@@ -16,8 +16,9 @@ from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
 from fastkit.train import data, facts, packing, private, processes, run_folder, sharding
 from fastkit.train import trainer as trainer_
-from fastkit.train.callbacks import Bar, LivePlot, Spent, curves, in_notebook
+from fastkit.train.callbacks import Bar, LivePlot, Rehearsal, Spent, curves, in_notebook
 from fastkit.train.config import FinetuneConfig
+from fastkit.train.memory import growing_segments
 from fastkit.train.model_card import write_card
 
 FEW = 10  # answers to validate on, below which a warning says so
@@ -68,6 +69,7 @@ class FineTune:
     def prepare(self) -> "FineTune":
         """Load and check everything; evaluate the model as it is."""
         config = self.config
+        growing_segments()
         if config.private:
             private.check(config.model)
         device = resolve_device(processes.device_of(config.device))
@@ -151,6 +153,8 @@ class FineTune:
         reset_peak(self.device)
         self.trainer.tokens_seen.zero_()
         self.trainer.places_seen.zero_()
+        if self.device.type == "cuda" and processes.count() == 1:
+            self.trainer.add_callback(Rehearsal(self.trainer.rehearse))
         timer = StepTimer()
         self.trainer.add_callback(timer)
         if self.config.progress and processes.is_first():

@@ -1,6 +1,8 @@
 """A step that runs out of GPU memory is done again under the next leaner plan, with nothing lost."""
 
 import gc
+import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +13,18 @@ from fastkit.models.budget import leaner
 from fastkit.models.estimate import Shape, describe
 from fastkit.models.patch import fused_layers, set_plan
 from fastkit.models.plans import PLANS
+
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
+
+def growing_segments() -> None:
+    """Have torch's allocator grow its segments on a GPU, unless the environment says how it works.
+
+    Then it reserves hardly more than is allocated; else a lean step of Mistral-7B that takes 5.9 GiB has 6.8 reserved,
+    for blocks of one size are of no use to others (H200). Without effect once the process has used a GPU.
+    """
+    if sys.platform == "linux" and not ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class Retry:

@@ -1,6 +1,7 @@
 """transformers' Trainer with a few things changed: atomic checkpoints, a loss over tokens, batches of like length."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,31 @@ class QLoRATrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens_seen += _tokens(inputs).to(self.tokens_seen.device)  # without a sync
         self.places_seen += inputs["input_ids"].numel()
-        one_pass = super().training_step if self.graphs is None else self._captured_step
-        one_pass = functools.partial(one_pass, model, num_items_in_batch=num_items_in_batch)
+        one_pass = functools.partial(self._one_pass, model, num_items_in_batch=num_items_in_batch)
         if processes.count() > 1:  # a step that one process alone began anew would leave the others waiting
             return one_pass(inputs)
         return self.retry.run(self.state.global_step, one_pass, inputs)
+
+    def rehearse(self) -> None:
+        """A pass of a batch before the first step, of which nothing stays but what a process does once.
+
+        Binaries are loaded to the GPU and libraries begun, the host memory is pinned that plans offload to, a pass is
+        captured; and if memory does not suffice, that shows (see `Retry`). By one process alone; once `train` has set
+        up everything.
+        """
+        batch = [self.train_dataset[n] for n in itertools.islice(self.order, self.args.per_device_train_batch_size)]
+        inputs, one = self.data_collator(batch), torch.tensor(1)
+        one_pass = functools.partial(self._one_pass, self.model_wrapped, num_items_in_batch=one)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            for _ in range(1 if self.graphs is None else 2):  # the second is captured
+                self.retry.run(0, one_pass, inputs)
+        self.model.zero_grad()
+        self.retry.step = None  # whose passes these were
+
+    def _one_pass(self, model, inputs, num_items_in_batch):
+        if self.graphs is not None:
+            return self._captured_step(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _captured_step(self, model, inputs, num_items_in_batch):
         """`training_step`, by `graphs`."""
