@@ -69,9 +69,10 @@ class FineTune:
     def prepare(self) -> "FineTune":
         """Load and check everything; evaluate the model as it is."""
         config = self.config
-        growing_segments()
         if config.private:
             private.check(config.model)
+        else:  # what goes back to the driver is known of whole segments
+            growing_segments()
         device = resolve_device(processes.device_of(config.device))
         processes.join(device)
         self.dtype = resolve_dtype(config.dtype, device)
