@@ -67,7 +67,11 @@ def execute(notebook: Path, out: Path, turns: Turns) -> str:
     """Execute a copy of `notebook` in `out`, in the notebooks' folder; what went wrong, or ""."""
     start, found = time.monotonic(), nbformat.read(notebook, as_version=4)
     client = Client(
-        found, timeout=900, record_timing=False, resources={"metadata": {"path": str(notebook.parent.resolve())}}
+        found,
+        timeout=900,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(notebook.parent.resolve())}},
     )
     client.turns, failed = turns, ""
     try:
