@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastkit.lab.plots.shares import shares
 from fastkit.lab.plots.steps import ours_and_peers
-from fastkit.lab.results import recorded
+from fastkit.lab.results import RESULTS, recorded
 from fastkit.train.bench_train import TrainBenchConfig
 
 README = Path(__file__).parent.parent / "README.md"
@@ -92,8 +92,12 @@ def _title(row: dict) -> str:
 
 
 def speed_memory():
+    """Contenders of one run and, where they are recorded, what budgets bought on the same card."""
     result = recorded("train_h200")
-    ran = [row for row in steps(result) if row["failed"] is None]
+    results = [result, *(recorded(name) for name in ("budgets_h200",) if (RESULTS / f"{name}.json").is_file())]
+    if len({each["card"]["name"] for each in results}) > 1:
+        raise ValueError("budgets were measured on another card than the contenders: one picture is of one card")
+    ran = [row for each in results for row in steps(each) if row["failed"] is None]
     prefix = "fastkit, " if sum(bool(row["plan"]) for row in ran) <= 6 else ""  # the colour says it too
     rows = [
         {
