@@ -36,7 +36,7 @@ def torchrun(count, *args):
     """The finished torchrun of `count` processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *args]
     environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
-    environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
