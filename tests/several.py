@@ -48,23 +48,27 @@ def whole(model) -> list[torch.Tensor]:
     return [x for x in tensors if x.dtype == torch.uint8 and x.untyped_storage().nbytes() in sizes]
 
 
+def fine_tune(settings: dict) -> None:
+    die_at = settings.pop("die_at", None)
+    run = FineTune(**settings).prepare()
+    assert run.metrics["kernels"]["layers"] == 2 and not run.metrics["kernels"]["left"]
+    size = stored(run.model)
+    if die_at:
+        run.trainer.add_callback(Die(die_at))
+    if settings.get("strategy") == "fsdp2":
+        run.trainer.add_callback(InParts())
+    run.train()
+    for module in run.model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    if settings.get("strategy") == "fsdp2":
+        assert stored(run.model) <= 1.05 * size / torch.distributed.get_world_size()
+    run.save()
+
+
 def main(runs: list[dict]) -> None:
     for settings in runs:
-        die_at = settings.pop("die_at", None)
-        run = FineTune(**settings).prepare()
-        assert run.metrics["kernels"]["layers"] == 2 and not run.metrics["kernels"]["left"]
-        size = stored(run.model)
-        if die_at:
-            run.trainer.add_callback(Die(die_at))
-        if settings.get("strategy") == "fsdp2":
-            run.trainer.add_callback(InParts())
-        run.train()
-        for module in run.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
-        if settings.get("strategy") == "fsdp2":
-            assert stored(run.model) <= 1.05 * size / torch.distributed.get_world_size()
-        run.save()
+        fine_tune(settings)
     processes.leave()
 
 

@@ -6,6 +6,7 @@ Every process runs the same program on its own GPU. The first alone writes, show
 ends it, and torchrun then ends the others. Without torchrun there is one process, and all of this does nothing.
 """
 
+import gc
 import os
 import sys
 import time
@@ -73,8 +74,13 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Disconnect, where all is done: a process that ends while gloo's threads run can abort, seen once in many runs."""
+    """Disconnect, where all is done, and hold no trainer and no model any more.
+
+    gloo's threads end with the last owner of a group, such as a model under DDP. One that lets go of a tensor while
+    Python ends aborts the process (pytorch 179291, 190489): seen twice in many runs, once with a model still held.
+    """
     if dist.is_initialized():
+        gc.collect()  # models and trainers are cycles
         dist.destroy_process_group()
 
 
