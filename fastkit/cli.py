@@ -233,6 +233,7 @@ def _finetune(argv: list[str]) -> int:
     rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, " if metrics["tokens_per_second"] else ""
     print(f"{rate}peak memory {metrics['peak_memory_gib']:.2f} GiB")
     print(f"adapter: {adapter}")
+    del run
     processes.leave()
     return 0
 
