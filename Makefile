@@ -31,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 code: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 architectures: $(VENV)/.installed
 	$(BIN)/python -m pytest -m architectures tests/test_portability.py

@@ -77,8 +77,8 @@ warmup.shapes = lambda batch, seq: sizes
 warmup.warm_up(model, plans=["keep"], **settings)
 of_shapes = set(keys)
 keys.clear()
-packed_steps(70, "keep")
-packed_steps(10, "leanest")
+packed_steps(36, "keep")
+packed_steps(4, "leanest")
 packed = [key for key in keys if key.startswith(("_forward_kernel", "_backward_d"))]
 missed = sorted((keys | of_shapes) - warmed)
 print(json.dumps({"warmed": sorted(warmed), "packed": sorted(packed), "missed": missed}))

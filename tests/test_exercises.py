@@ -100,6 +100,7 @@ def test_real_checks(verdicts):
     assert verdicts["a file"]
 
 
+@pytest.mark.slow
 def test_demands():
     verdict = check("copy_coalesced", solution("copy_coalesced"))
     assert verdict and "bytes moved per byte asked of every load: at most 1.1: 1" in str(verdict)
@@ -109,6 +110,7 @@ def test_demands():
     assert "line 11: x = tl.load(x_ptr + rows * stride_xm + col, mask=mask)" in str(verdict), verdict
 
 
+@pytest.mark.slow
 def test_demands_of_other_kinds():
     from fastkit.lab.exercises.demands import measure
     from fastkit.lab.tracer import trace_launches
