@@ -16,7 +16,7 @@ half's turn comes, what the MLP kept is gone; where a plan offloads, the next ML
 MLP's forward holds less, but where a plan offloads, what was kept is there on its way out, and transformers holds the
 embeddings. In FP8 a number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da,
 with SwiGLU's result beside them for a while; when W_gu is written, gate and up are gone, and no weight is held. Our own
-backward of attention writes dq, dk and dv where they belong: then cuDNN's are counted for nothing.
+backward of attention writes dq, dk and dv where they belong; cuDNN's are counted all the same.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
 the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of

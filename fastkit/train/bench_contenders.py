@@ -8,7 +8,7 @@ gradients are not clipped.
     hf         transformers + peft + bitsandbytes, as peft's guide prepares a 4-bit model; activations recomputed
     liger      the same, of Liger's RMSNorm, RoPE, SwiGLU and loss
     unsloth    Unsloth's own model, with its default recompute, which offloads to the host
-    ours       transformers' model after `patch`, under a recompute plan
+    ours       transformers' model after `patch`, under a recompute plan; torch's allocator as in our trainer
 
 and hf-keep, liger-keep and unsloth-keep, which recompute nothing.
 """
