@@ -93,8 +93,9 @@ def _title(row: dict) -> str:
 
 def speed_memory():
     """Contenders of one run and, where they are recorded, what budgets bought on the same card."""
-    result = recorded("train_h200")
-    results = [result, *(recorded(name) for name in ("budgets_h200",) if (RESULTS / f"{name}.json").is_file())]
+    results = [recorded("train_h200")]
+    if (RESULTS / "budgets_h200.json").is_file():
+        results.append(recorded("budgets_h200"))
     if len({each["card"]["name"] for each in results}) > 1:
         raise ValueError("budgets were measured on another card than the contenders: one picture is of one card")
     ran = [row for each in results for row in steps(each) if row["failed"] is None]
@@ -109,7 +110,7 @@ def speed_memory():
         }
         for row in ran
     ]
-    return ours_and_peers, rows, f"A QLoRA step of {task(result)}", _where(result)
+    return ours_and_peers, rows, f"A QLoRA step of {task(results[0])}", _where(results[0])
 
 
 def kernels():

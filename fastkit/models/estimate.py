@@ -79,11 +79,9 @@ class Shape:
         if plan.qkv:
             numbers += self.queries + 2 * self.keys
         if plan.attention:
-            numbers += self.queries + self.hidden
-        if plan.gate_up:
-            numbers += 2 * self.intermediate
+            numbers += self.queries
         lse = 4 * M * self.heads if plan.attention else 0
-        return M * numbers * self.itemsize, lse + 8 * M  # and rstd of both norms, in fp32
+        return M * numbers * self.itemsize + self.of_mlp(M, plan), lse + 8 * M  # and rstd of both norms, in fp32
 
     def in_flight(self, M: int, plan: Plan) -> int:
         """Bytes of what is offloaded that are on the device at a time: what two halves kept, on their way or in use."""
@@ -114,7 +112,7 @@ class Shape:
         return M * (self.queries + 2 * self.keys) * self.itemsize + 4 * M * self.queries
 
     def of_mlp(self, M: int, plan: Plan) -> int:
-        """Bytes of what the MLP keeps under `plan`."""
+        """Bytes of that of `kept` which the MLP keeps and may offload."""
         numbers = (self.hidden if plan.attention else 0) + (2 * self.intermediate if plan.gate_up else 0)
         return M * numbers * self.itemsize
 

@@ -103,8 +103,9 @@ class TrainBenchConfig:
             raise FastkitError("--vs none --plan none leaves nothing to time")
         if self.limit == "budget" and not self.budget:
             raise FastkitError("--limit budget needs a --budget")
-        for size in [*self.budget, *([self.limit] if self.limit not in (None, "budget") else [])]:
+        for size in self.budget:
             gib(size)
+        self.limit_gib()
         device = resolve_device(self.device)
         if "bf16" in self.compute and (dtype := resolve_dtype("auto", device)) != torch.bfloat16:
             raise FastkitError(f"--compute bf16: the model here is in {str(dtype).removeprefix('torch.')}; use auto")
@@ -123,13 +124,16 @@ class TrainBenchConfig:
     def plans(self) -> list[str]:
         return [] if self.plan == ["none"] else self.plan
 
+    def limit_gib(self) -> float | None:
+        """Of every contender; None: each has another, or none."""
+        return None if self.limit in (None, "budget") else gib(self.limit)
+
     def settings(self) -> list[Settings]:
         """Of each contender's process, in their order."""
-        limit_gib = gib(self.limit) if self.limit not in (None, "budget") else None
         shared = {
             name: getattr(self, name) for name in ("shape", "batch", "seq", "rank", "steps", "warmup", "device", "seed")
         }
-        shared |= {"limit_gib": limit_gib, "strategy": self.strategy}
+        shared |= {"limit_gib": self.limit_gib(), "strategy": self.strategy}
         others = [Settings(who, **shared) for who in self.others()]
         ours = [
             Settings("ours", **shared, plan=plan, compute=compute, budget_gib=budget, processes=count, graphs=graphs)
