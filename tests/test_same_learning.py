@@ -38,7 +38,7 @@ def furthest(a: Learned, b: Learned) -> float:
 def test_thirty_steps_in_fp32(inputs, rank, learning_rate):
     found = compare(config(inputs, steps=30, rank=rank, learning_rate=learning_rate))
     ours = found["rows"][1]
-    assert found["limits"] == "fp32" and ours["beyond"] is None
+    assert found["dtype"] == "fp32" and ours["beyond"] is None
     assert ours["max_drift"] <= 2e-5, ours
     assert abs(ours["validation_drift"]) <= 1e-5, ours
     assert found["runs"]["transformers"].losses[-1] < found["runs"]["transformers"].losses[0] - 1e-3  # it learned
@@ -51,6 +51,17 @@ def test_every_plan_and_a_second_run(inputs):
     assert rows["transformers again"]["max_drift"] == 0 and "beyond" not in rows["transformers again"]
     for plan in PLANS:
         assert rows[f"ours, {plan}"]["max_drift"] <= 2e-5 and rows[f"ours, {plan}"]["beyond"] is None
+
+
+def test_each_run_is_judged_by_the_limits_of_what_it_computes_in(inputs, monkeypatch):
+    def learned(config, plan, batches, compute):
+        return Learned([2.1 if compute == "fp8" else 2.001] if plan else [2.0], 2.02 if plan else 2.0), batches
+
+    monkeypatch.setattr(same_learning, "learn", learned)
+    found = compare(config(inputs, compute=["auto", "fp8"]))
+    assert [row["who"] for row in found["rows"]] == ["transformers", "ours, keep", "ours, keep, FP8"]
+    assert "a loss of the first steps" in found["rows"][1]["beyond"]  # 1e-4 in fp32
+    assert found["rows"][2]["beyond"] is None  # 1.5% of the validation loss
 
 
 def test_splitting_and_packing_change_no_loss(inputs):
@@ -125,6 +136,7 @@ def test_the_command(inputs, tmp_path, capsys, monkeypatch):
         (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
         (["--batch_size", "4", "--accumulation", "3"], "do not split into --accumulation 3 passes"),
         (["--plan", "fastest"], "there is no plan 'fastest'"),
+        (["--compute", "fp4"], "--compute 'fp4' is unknown"),
         (["--batch_size", "999"], "do not make a step of --batch_size 999"),
     ],
 )

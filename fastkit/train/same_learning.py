@@ -2,9 +2,9 @@
 
     fastkit bench learning --steps 30 --dtype fp32 --plan keep recompute-all
 
-The yardstick is transformers + peft + bitsandbytes; ours is the same model after `patch`, once for each plan. All start
-from the same weights and adapters and see the same records in the same order, batched alike; the same optimizer moves
-the adapters, their gradients clipped to the same norm, at a constant learning rate.
+The yardstick is transformers + peft + bitsandbytes; ours is the same model after `patch`, once for each plan and what
+its products run in. All start from the same weights and adapters and see the same records in the same order, batched
+alike; the same optimizer moves the adapters, their gradients clipped to the same norm, at a constant learning rate.
 
 A step's loss is the mean over all its target tokens, into however many passes its records are split and whether they
 are padded or packed: so runs of other --accumulation or --packed have the same losses too, but for rounding.
@@ -66,7 +66,10 @@ class SameLearningConfig:
     data: str = flag("gpu-instructions", "as in finetune")
     steps: int = flag(300, "optimizer steps")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on a GPU, fp32 on the CPU")
-    compute: Literal["auto", "fp8"] = flag("auto", "fp8: our frozen weights' products in FP8")
+    compute: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={"help": "what our frozen weights' products run in: auto (--dtype), fp8; or both"},
+    )
     rank: int = flag(16, "rank of the LoRA adapters; alpha is the same")
     learning_rate: float = flag(2e-4, "constant")
     optimizer: Literal["adamw8bit", "adamw"] = flag("adamw8bit", "bitsandbytes' AdamW with 8-bit state, or torch's")
@@ -95,6 +98,9 @@ class SameLearningConfig:
                 f"--batch_size {self.batch_size} records do not split into --accumulation {self.accumulation} passes: "
                 "take a multiple"
             )
+        for compute in self.compute:
+            if compute not in ("auto", "fp8"):
+                raise FastkitError(f"--compute {compute!r} is unknown: use auto, fp8, or both")
         self.plan = list(PLANS) if self.plan == ["all"] else [plan_of(plan).name for plan in self.plan]
 
 
@@ -144,7 +150,9 @@ class Steps:
             yield self.pad([self.validation[i] for i in range(start, stop)])
 
 
-def learn(config: SameLearningConfig, plan: str | None, batches: Steps | None = None) -> tuple[Learned, Steps]:
+def learn(
+    config: SameLearningConfig, plan: str | None, batches: Steps | None = None, compute: str = "auto"
+) -> tuple[Learned, Steps]:
     """Fine-tune a fresh model: ours under `plan`, or transformers' for None. Returns the batches too, to pass on.
 
     Raises FastkitError if a layer is not fused, in part or for one batch: that would compare transformers with itself.
@@ -155,7 +163,7 @@ def learn(config: SameLearningConfig, plan: str | None, batches: Steps | None = 
     batches = batches or Steps(config, tokenizer, getattr(model.config, "max_position_embeddings", None))
     model = add_lora(model, rank=config.rank, seed=config.seed).train()
     if plan is not None:
-        report = patch(model, plan, compute=config.compute)
+        report = patch(model, plan, compute=compute)
         if report.left or not report.layers:
             raise FastkitError(f"not all of {config.model} is fused: {report}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -225,18 +233,22 @@ def judge(found: dict[str, float], limits: Limits) -> list[str]:
 
 
 def compare(config: SameLearningConfig) -> dict:
-    """{"limits": the name in LIMITS, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}."""
+    """{"dtype": of the model, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}."""
     config.check()
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     if dtype == torch.float16:
         raise FastkitError("this card computes in fp16, which needs loss scaling: take --dtype fp32")
-    kind = "fp8" if config.compute == "fp8" else {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    contenders = {"transformers": None} | ({"transformers again": None} if config.repeat_stock else {})
-    contenders |= {f"ours, {plan}": plan for plan in config.plan}
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    contenders = {"transformers": (None, "auto")}
+    if config.repeat_stock:
+        contenders["transformers again"] = (None, "auto")
+    for compute in config.compute:
+        named = ", FP8" if compute == "fp8" else ""
+        contenders |= {f"ours, {plan}{named}": (plan, compute) for plan in config.plan}
     runs, batches = {}, None
-    for who, plan in contenders.items():
+    for who, (plan, compute) in contenders.items():
         print(f"{who} ...", file=sys.stderr, flush=True)
-        runs[who], batches = learn(config, plan, batches)
+        runs[who], batches = learn(config, plan, batches, compute)
         print(f"  validation loss {runs[who].validation:.6f}", file=sys.stderr, flush=True)
     stock = runs["transformers"]
     rows = []
@@ -245,9 +257,10 @@ def compare(config: SameLearningConfig) -> dict:
         if run is not stock:
             row |= differences(stock, run)
         if who.startswith("ours"):
-            row["beyond"] = "; ".join(judge(differences(stock, run), LIMITS[kind])) or None
+            limits = LIMITS["fp8" if contenders[who][1] == "fp8" else kind]
+            row["beyond"] = "; ".join(judge(differences(stock, run), limits)) or None
         rows.append(row)
-    return {"limits": kind, "runs": runs, "rows": rows}
+    return {"dtype": kind, "runs": runs, "rows": rows}
 
 
 def table(found: dict) -> str:
@@ -281,7 +294,7 @@ def run(config: SameLearningConfig, command: str) -> int:
         losses = {who: run.losses for who, run in runs.items()}
         print(json.dumps({"config": asdict(config), "card": card(), "rows": found["rows"], "losses": losses}))
     else:
-        print(f"{card(resolve_device(config.device))['name']}, {found['limits']}, {config.model}\n{table(found)}")
+        print(f"{card(resolve_device(config.device))['name']}, {found['dtype']}, {config.model}\n{table(found)}")
     if config.record:
         each_step = enumerate(zip(*(run.losses for run in runs.values()), strict=True), 1)
         rows = [{"what": "run", **row} for row in found["rows"]]
