@@ -248,7 +248,7 @@ def test_offloaded_memory_is_overwritten(device):
         torch.cuda.synchronize()
     assert buffer.data.eq(7).all()
     keeper.overwrite()
-    assert buffer.data.eq(0).all()
+    assert buffer.memory.eq(0).all()
 
 
 # The GPU's

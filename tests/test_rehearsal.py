@@ -32,6 +32,27 @@ def test_nothing_stays_of_a_rehearsal(inputs, tmp_path, references, packing):  #
     assert with_one["validation_losses"] == without["validation_losses"]
 
 
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_the_widest_batch_is_rehearsed_and_the_first(inputs, tmp_path, references, packing):  # noqa: F811
+    settings = dict(kernels="on", plan="keep", packing=packing, device="cpu", batch_size=2, eval_steps=99)
+    with FineTune(**{**inputs, **settings, "output": str(tmp_path)}) as run:
+        run.prepare()
+        collate, widths = run.trainer.data_collator, []
+
+        def seen(records):
+            batch = collate(records)
+            widths.append(batch["input_ids"].shape[1])
+            return batch
+
+        run.trainer.data_collator = seen
+        run.trainer.rehearse()
+        rehearsed = widths[:]
+        widths.clear()
+        run.train()
+    steps = widths[: run.trainer.state.max_steps]
+    assert len(set(steps)) > 1 and rehearsed == [max(steps), steps[0]]
+
+
 def test_a_rehearsal_finds_out_that_memory_does_not_suffice(inputs, tmp_path, references, monkeypatch):  # noqa: F811
     """The first step then has the leaner plan, and none of the rehearsal's passes."""
     settings = dict(kernels="on", plan="keep", device="cpu")
@@ -48,14 +69,14 @@ def test_a_rehearsal_finds_out_that_memory_does_not_suffice(inputs, tmp_path, re
     with pytest.warns(UserWarning, match="step 0 begins again under 2 layers"):
         ours = train(inputs, tmp_path / "with", True, **settings)
     assert len(ours["plans_switched"]) == 1
-    assert len(calls) == 1 + 2 + 2 * 2 * 4  # two layers: the one that broke off, the rehearsal, two passes a step
+    assert len(calls) == 1 + 2 * 2 + 2 * 2 * 4  # two layers: the one that broke off, two passes before, two a step
     assert curve(ours) == pytest.approx(curve(expected), rel=1e-6)
 
 
 @pytest.mark.gpu
 def test_a_rehearsed_run_is_captured_before_its_first_step(inputs, tmp_path):  # noqa: F811
     settings = dict(device="cuda", plan="keep", packing="on", max_length=128, batch_size=1, graphs="on")
-    with FineTune(**inputs, **settings, steps=2, eval_steps=2, output=str(tmp_path)) as run:
+    with FineTune(**{**inputs, **settings, "steps": 2, "eval_steps": 2, "output": str(tmp_path)}) as run:
         run.prepare()
         captured, graphs = [], run.trainer.graphs
         one_pass = graphs._pass

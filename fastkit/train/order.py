@@ -26,6 +26,9 @@ class LengthGrouped(Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths) + self.fillers
 
+    def tokens(self, index: int) -> int:
+        return self.lengths[index] if index < len(self.lengths) else 1
+
     def __iter__(self) -> Iterator[int]:
         shuffle = random.Random(f"{self.seed} {self.epoch}").shuffle
         order = list(range(len(self.lengths)))

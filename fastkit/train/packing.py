@@ -95,6 +95,9 @@ class PackedOrder(Sampler[Row]):
             for process in range(self.processes):
                 yield from (one[process] for one in rounds[start : start + self.batch_size])
 
+    def tokens(self, row: Row) -> int:
+        return sum(self.lengths[record] for record in row)
+
     def cost(self, row: Row) -> float:
         return sum(n + n * n / (12 * self.hidden) for n in map(self.lengths.__getitem__, row))
 

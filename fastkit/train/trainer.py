@@ -1,7 +1,6 @@
 """transformers' Trainer with a few things changed: atomic checkpoints, a loss over tokens, batches of like length."""
 
 import functools
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,18 +70,20 @@ class QLoRATrainer(Trainer):
         return self.retry.run(self.state.global_step, one_pass, inputs)
 
     def rehearse(self) -> None:
-        """A pass of a batch before the first step, of which nothing stays but what a process does once.
+        """Passes before the first step, of which nothing stays but what a process does once: a batch with the longest
+        record or row, and the first batch.
 
         Binaries are loaded to the GPU and libraries begun, the host memory is pinned that plans offload to, a pass is
         captured; and if memory does not suffice, that shows (see `Retry`). By one process alone; once `train` has set
         up everything.
         """
-        batch = [self.train_dataset[n] for n in itertools.islice(self.order, self.args.per_device_train_batch_size)]
-        inputs, one = self.data_collator(batch), torch.tensor(1)
-        one_pass = functools.partial(self._one_pass, self.model_wrapped, num_items_in_batch=one)
+        size, order = self.args.per_device_train_batch_size, list(self.order)
+        longest = max(range(len(order)), key=lambda at: self.order.tokens(order[at])) // size * size
+        one_pass = functools.partial(self._one_pass, self.model_wrapped, num_items_in_batch=torch.tensor(1))
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            for _ in range(1 if self.graphs is None else 2):  # the second is captured
-                self.retry.run(0, one_pass, inputs)
+            for begin in (longest, 0):  # one length, where passes are captured: the second is
+                batch = [self.train_dataset[n] for n in order[begin : begin + size]]
+                self.retry.run(0, one_pass, self.data_collator(batch))
         self.model.zero_grad()
         self.retry.step = None  # whose passes these were
 
