@@ -72,9 +72,10 @@ def test_several_processes(model, strategy):
     config = TrainBenchConfig(
         vs="none", shape=model, plan=["keep"], processes=[1, 2], strategy=strategy, **STEP | {"warmup": 0}
     )
-    (one, two), stages, notes = bench(config)
+    found = bench(config)
+    (one, two), stages = found.rows, found.stage_rows
     assert one["failed"] is None and two["failed"] is None, two["failed"]
-    assert two["who"] == f"ours, keep, 2 x {strategy}" and not notes
+    assert two["who"] == f"ours, keep, 2 x {strategy}" and not found.notes()
     assert two["tokens_per_second"] == pytest.approx(2 * 2 * 16 / two["median_ms"] * 1e3)
     assert two["first_loss"] == pytest.approx(one["first_loss"], abs=1e-5)
     assert two["last_loss"] != one["last_loss"]
@@ -205,9 +206,26 @@ def test_a_process_that_dies_says_so(model, monkeypatch, text, said):
     config = TrainBenchConfig(
         vs="hf", shape=model, plan=["none"], device="cpu", time_limit=0.5 if "sleep" in text else 60
     )
-    rows, stages, _ = bench(config)
-    assert [row["failed"] for row in rows] == [said] and not stages
-    assert said in table(rows, stages)
+    found = bench(config)
+    assert [row["failed"] for row in found.rows] == [said] and not found.stage_rows
+    assert said in table(found.rows, found.stage_rows)
+
+
+def test_what_is_done_is_recorded_at_once(model, monkeypatch, tmp_path):
+    """A run that is stopped keeps the contenders that had ended."""
+    monkeypatch.setattr(bench_train, "record", lambda *args: results.record(*args, folder=tmp_path))
+
+    def start(settings, *_):
+        if settings.who == "hf-keep":
+            raise KeyboardInterrupt
+        return {"failed": "for the test"}
+
+    monkeypatch.setattr(bench_train, "_start", start)
+    config = TrainBenchConfig(vs="hf,hf-keep", shape=model, plan=["none"], device="cpu", record="trial")
+    with pytest.raises(KeyboardInterrupt):
+        bench(config, "a command")
+    (row,) = results.load(tmp_path / "trial.json")["rows"]
+    assert row["who"] == "hf" and row["failed"] == "for the test"
 
 
 def row(who, first_loss, last_loss=1.0, compute="auto"):
@@ -291,13 +309,13 @@ def test_others_are_given_the_weights_to_load(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", {"model_type": "mistral", **SHAPE})
     for who in ("unsloth", "unsloth-keep"):
         monkeypatch.setitem(CONTENDERS, who, Contender(make))
-    rows, _, notes = bench(TrainBenchConfig(vs="hf,unsloth,unsloth-keep", shape="tiny", plan=["none"], **STEP))
-    assert started == ["hf", "checkpoint", "unsloth", "unsloth-keep"] and not notes
-    assert all(row["failed"] is None for row in rows)
-    assert len({round(row["first_loss"], 4) for row in rows}) == 1
+    found = bench(TrainBenchConfig(vs="hf,unsloth,unsloth-keep", shape="tiny", plan=["none"], **STEP))
+    assert started == ["hf", "checkpoint", "unsloth", "unsloth-keep"] and not found.notes()
+    assert all(row["failed"] is None for row in found.rows)
+    assert len({round(row["first_loss"], 4) for row in found.rows}) == 1
     monkeypatch.setattr(bench_train, "_start", lambda step, *_: {"failed": "the disk is full"})
-    rows, _, _ = bench(TrainBenchConfig(vs="unsloth", shape="tiny", plan=["none"], **STEP))
-    assert rows[0]["failed"] == "no checkpoint to load: the disk is full"
+    found = bench(TrainBenchConfig(vs="unsloth", shape="tiny", plan=["none"], **STEP))
+    assert found.rows[0]["failed"] == "no checkpoint to load: the disk is full"
 
 
 def test_auto_takes_what_the_budget_allows(model):

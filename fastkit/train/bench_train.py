@@ -153,48 +153,77 @@ def gib(size: str) -> float:
     return parse_bytes(size) / 2**30
 
 
-def bench(config: TrainBenchConfig) -> tuple[list[dict], list[dict], list[str]]:
-    """(a row each contender, a row each part of each stage of ours, notes).
+class Bench:
+    """What the contenders of `config` gave so far, each after `contend`.
 
-    A contender's row has who, plan, compute, what bench_run.measure says, and failed: None, or why there is
-    nothing else in it. Notes name a contender whose first loss is another than the first one's: it computes something
-    else. Raises FastkitError for a setting that cannot work.
+    rows        a row each contender: who, plan, compute, what bench_run.measure says, and failed: None, or why there is
+                nothing else in it
+    stage_rows  a row each part of each stage of ours
+    """
+
+    def __init__(self, config: TrainBenchConfig, scratch: Path):
+        self.config, self.scratch = config, scratch
+        device = resolve_device(config.device)
+        self.dtype, self.cuda = resolve_dtype("auto", device), device.type == "cuda"
+        self.rows, self.stage_rows = [], []
+        self.facts = self.checkpoint = None
+
+    def contend(self, settings: Settings) -> None:
+        """Run one contender, in a process of its own."""
+        row = {name: getattr(settings, name) for name in ("plan", "compute", "processes")}
+        row = {"who": label(settings), **row, "failed": None}
+        self.rows.append(row)
+        print(f"{row['who']} ...", file=sys.stderr)
+        if lacking := CONTENDERS[settings.who].lacking():
+            row["failed"] = lacking
+            return
+        if settings.who.startswith("unsloth") and settings.random:
+            if self.checkpoint is None:
+                self.checkpoint = self._start(_as(settings, "checkpoint", self.scratch / "model"))
+            settings = _as(settings, settings.who, self.scratch / "model")
+            if "failed" in self.checkpoint:
+                row["failed"] = f"no checkpoint to load: {self.checkpoint['failed']}"
+                return
+        found = self._start(settings)
+        row |= found.get("row", found)
+        print(f"  {row['failed'] or format(row['tokens_per_second'], ',.0f') + ' tokens/s'}", file=sys.stderr)
+        if isinstance(found.get("stages"), list):
+            if self.cuda and self.facts is None:
+                self.facts = self._start(_as(settings, "card", None))
+            known = self.facts if self.facts and "failed" not in self.facts else None
+            median_ms = row["median_ms"] if self.cuda else None
+            parts = breakdown(found["stages"], floors(settings, self.dtype, known), median_ms)
+            self.stage_rows += [{"who": row["who"], **part} for part in parts]
+        elif found.get("stages"):
+            row["stages"] = found["stages"]
+
+    def notes(self) -> list[str]:
+        """The card's rates, what has no stages, and who has another first loss than the first: it computes something
+        else."""
+        return _notes(self.rows, self.facts)
+
+    def record(self, command: str) -> Path:
+        """Write what there is."""
+        every = [{"what": "step", **row} for row in self.rows] + [{"what": "stage", **row} for row in self.stage_rows]
+        return record(self.config.record, every + [{"what": "note", "text": note} for note in self.notes()], command)
+
+    def _start(self, settings: Settings) -> dict:
+        return _start(settings, self.scratch, self.config)
+
+
+def bench(config: TrainBenchConfig, command: str = "") -> Bench:
+    """All contenders, one after the other; with `config.record`, each is recorded when it is done.
+
+    Raises FastkitError for a setting that cannot work.
     """
     config.check()
-    every, rows, stage_rows = config.settings(), [], []
-    device = resolve_device(config.device)
-    dtype, cuda = resolve_dtype("auto", device), device.type == "cuda"
     with tempfile.TemporaryDirectory(prefix="fastkit-bench-") as folder:
-        scratch = Path(folder)
-        facts = checkpoint = None
-        for settings in every:
-            row = {name: getattr(settings, name) for name in ("plan", "compute", "processes")}
-            row = {"who": label(settings), **row, "failed": None}
-            rows.append(row)
-            print(f"{row['who']} ...", file=sys.stderr)
-            if lacking := CONTENDERS[settings.who].lacking():
-                row["failed"] = lacking
-                continue
-            if settings.who.startswith("unsloth") and settings.random:
-                if checkpoint is None:
-                    checkpoint = _start(_as(settings, "checkpoint", scratch / "model"), scratch, config)
-                settings = _as(settings, settings.who, scratch / "model")
-                if "failed" in checkpoint:
-                    row["failed"] = f"no checkpoint to load: {checkpoint['failed']}"
-                    continue
-            found = _start(settings, scratch, config)
-            row |= found.get("row", found)
-            print(f"  {row['failed'] or format(row['tokens_per_second'], ',.0f') + ' tokens/s'}", file=sys.stderr)
-            if isinstance(found.get("stages"), list):
-                if cuda and facts is None:
-                    facts = _start(_as(settings, "card", None), scratch, config)
-                known = facts if facts and "failed" not in facts else None
-                median_ms = row["median_ms"] if cuda else None
-                parts = breakdown(found["stages"], floors(settings, dtype, known), median_ms)
-                stage_rows += [{"who": row["who"], **part} for part in parts]
-            elif found.get("stages"):
-                row["stages"] = found["stages"]
-    return rows, stage_rows, _notes(rows, facts)
+        found = Bench(config, Path(folder))
+        for settings in config.settings():
+            found.contend(settings)
+            if config.record:
+                found.record(command)
+    return found
 
 
 def label(settings: Settings) -> str:
@@ -294,11 +323,11 @@ def run(config: TrainBenchConfig, command: str) -> int:
 
     Exit code 1 if a result is wrong, or one of ours failed otherwise than for want of memory.
     """
-    rows, stage_rows, notes = bench(config)
-    device = resolve_device(config.device)
+    found, device = bench(config, command), resolve_device(config.device)
+    rows, stage_rows, notes = found.rows, found.stage_rows, found.notes()
     if config.json:
-        found = {"card": card(device), "versions": versions(), "rows": rows, "stages": stage_rows, "notes": notes}
-        print(json.dumps(found))
+        every = {"card": card(device), "versions": versions(), "rows": rows, "stages": stage_rows, "notes": notes}
+        print(json.dumps(every))
     else:
         print(
             f"{card(device)['name']}, {config.shape}, {config.batch} x {config.seq} tokens, rank {config.rank}: median "
@@ -306,11 +335,7 @@ def run(config: TrainBenchConfig, command: str) -> int:
         )
         print(table(rows, stage_rows))
         print("".join(f"\n{note}" for note in notes))
-    if config.record:
-        every = [{"what": "step", **row} for row in rows] + [{"what": "stage", **row} for row in stage_rows]
-        every += [{"what": "note", "text": note} for note in notes]
-        path = record(config.record, every, command)
-        if not config.json:
-            print(f"\nrecorded in {path}")
+    if config.record and not config.json:
+        print(f"\nrecorded in {found.record(command)}")
     broken = [row for row in rows if row["plan"] and row["failed"] and not row["failed"].startswith("out of memory")]
     return int(bool(broken) or any("WRONG" in note for note in notes))
