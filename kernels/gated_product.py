@@ -115,9 +115,14 @@ def takes(x: torch.Tensor, I: int) -> bool:
     """
     if torch.compiler.is_compiling() or not on_triton("gated_product", "x", x):
         return False
-    if architecture(x.device) not in ("sm_90", "interpreter"):
+    if not on_its_card(x.device):
         return False
     return x.element_size() == 2 and x.numel() > 0 and I > 0 and I % 8 == 0 and x.shape[1] % 8 == 0 and _fits_tma(x)
+
+
+def on_its_card(device: torch.device) -> bool:
+    """Whether the kernel is for the GPU `device`."""
+    return architecture(device) in ("sm_90", "interpreter")
 
 
 def launch(x, w, a, per_sm: int = 1, **tiling) -> None:

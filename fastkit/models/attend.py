@@ -108,6 +108,22 @@ def attend_backward(
     return None if dqkv is None else pieces.quantized(dqkv)
 
 
+def in_place(device: torch.device, dtype: torch.dtype, D: int, length: int, in_fp8: bool) -> bool:
+    """Whether the gradients of q, k and v are written where they belong by whatever backend `attend` takes: then the
+    backward has none of its own. For padded or whole sequences of `length` tokens; packed ones are always ours.
+
+    False where it hangs on the backend, which is yet to be timed; True where it does not matter, on a CPU.
+    """
+    if device.type != "cuda":
+        return True
+    taken = architecture(device) == "sm_90" and dtype.itemsize == 2 and D in backward_hopper.HEADS
+    return taken and _wants_ours(length, in_fp8)
+
+
+def _wants_ours(length: int, in_fp8: bool) -> bool:
+    return torch.are_deterministic_algorithms_enabled() or (not in_fp8 and length >= 1024)
+
+
 def _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8: bool) -> bool:
     """Whether our backward follows a forward for cuDNN's. That one's adds in any order, so always where torch is asked
     for the same bits every time. Else where it is faster: its dq is turned back while it is rounded, and dv needs no
@@ -120,7 +136,7 @@ def _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8: bool) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         return True
     taken = backward_hopper.takes(architecture(q.device), do, q, k, v, dk, dv)
-    return taken and not in_fp8 and q.shape[2] >= 1024
+    return taken and _wants_ours(q.shape[2], in_fp8)
 
 
 def _backend(q, k, v, options: Attend) -> str:

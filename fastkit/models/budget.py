@@ -107,7 +107,7 @@ def choose(
 
     Returns their Estimate, `plans` in it. Raises FastkitError, with the least that would do, if none fits.
     """
-    shape, M = Shape.of(model.config, dtype, compute), batch * length
+    shape, M = Shape.on_its_device(model, dtype, compute, length), batch * length
     host = psutil.virtual_memory().available - HOST_RESERVE
     front = worth_having(shape, M, *rates, host)
     room = int(budget * (1 - MARGIN))

@@ -8,15 +8,18 @@ half's backward holds for a while:
                 W_d and da                                          2 M I + K I + M I
                 W_gu and n or dn                                    2 M I + 2 I K + M K
     attention   the gradients of q, k and v, and the larger of
-                do, cuDNN's own gradients, a sum for dq in fp32     2 M (Q + 2 N) + M Q + 2 M Q
+                do, and a sum for dq in fp32                        M (Q + 2 N) + M Q + 2 M Q
+                with torch's, also its own gradients, and those of
+                k and v for each head of q, where they are grouped  M (Q + 2 N) + 2 M Q
                 W_qkv and n or dn                                   M (Q + 2 N) + (Q + 2 N) K + M K
 
 and dy; where gate and up, or q, k and v, are computed again, these, and W_gu and W_qkv from then on. When the attention
 half's turn comes, what the MLP kept is gone; where a plan offloads, the next MLP's is on its way back instead. The
 MLP's forward holds less, but where a plan offloads, what was kept is there on its way out, and transformers holds the
 embeddings. In FP8 a number of W is one byte, dy is there in FP8 too, and so are the gradients of gate and up, over da,
-with SwiGLU's result beside them for a while; when W_gu is written, gate and up are gone, and no weight is held. Our own
-backward of attention writes dq, dk and dv where they belong; cuDNN's are counted all the same.
+with SwiGLU's result beside them for a while; when W_gu is written, gate and up are gone, and no weight is held. Torch's
+backward of attention, cuDNN's say, is counted wherever `attend.in_place` does not say that it is ours, so for packed
+rows in FP8, too.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
 the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
@@ -27,13 +30,15 @@ An estimate is of torch's allocations. What the allocator reserves beyond (a few
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from fastkit.errors import FastkitError
+from fastkit.kernels import gated_product
 from fastkit.kernels.linear_cross_entropy import PART_BYTES, PART_ROWS
+from fastkit.models import attend
 from fastkit.models.bnb import bnb
 from fastkit.models.plans import Plan
 
@@ -44,7 +49,11 @@ SMALLEST_8BIT = 4096  # parameters: bitsandbytes keeps the state of smaller tens
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes, in numbers; bytes a number of the compute dtype and of the residual stream."""
+    """A decoder's sizes, in numbers; bytes a number of the compute dtype and of the residual stream.
+
+    in_place    whether attention's backward is ours, which writes the gradients of q, k and v where they belong
+    gated       whether gate and up, where they are not kept, are not written in the forward
+    """
 
     layers: int
     hidden: int
@@ -56,6 +65,8 @@ class Shape:
     qk_norms: bool
     itemsize: int
     fp8: bool = False
+    in_place: bool = True
+    gated: bool = False
 
     @property
     def factor(self) -> int:
@@ -65,13 +76,20 @@ class Shape:
     @classmethod
     def of(cls, config, dtype: torch.dtype, compute: str = "auto") -> "Shape":
         """Of a transformers config."""
-        heads = config.num_attention_heads
-        D = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads, D = config.num_attention_heads, _head_dim(config)
         return cls(
             config.num_hidden_layers, config.hidden_size, heads * D, config.num_key_value_heads * D,
             config.intermediate_size, heads, config.vocab_size, config.model_type == "qwen3", dtype.itemsize,
             compute == "fp8",
         )  # fmt: skip
+
+    @classmethod
+    def on_its_device(cls, model: nn.Module, dtype: torch.dtype, compute: str, length: int) -> "Shape":
+        """Of a model that is to be trained where it is, on sequences of `length` tokens."""
+        device = next(iter(model.parameters())).device
+        in_place = attend.in_place(device, dtype, _head_dim(model.config), length, compute == "fp8")
+        gated = gated_product.on_its_card(device) and dtype.itemsize == 2 and compute != "fp8"
+        return replace(cls.of(model.config, dtype, compute), in_place=in_place, gated=gated)
 
     def kept(self, M: int, plan: Plan) -> tuple[int, int]:
         """(bytes that a layer keeps under `plan` and may offload, bytes that stay on the device in any case)."""
@@ -99,7 +117,7 @@ class Shape:
         product, W_qkv = M * K * s, (Q + 2 * N) * K * self.factor
         held = W_qkv if plan.holds and plan.attention and not plan.qkv and not self.fp8 else 0
         again = (0 if plan.qkv else qkv) + (0 if plan.attention else o)
-        attention = qkv + max(again + o + self.cudnn(M) + held, product + W_qkv)
+        attention = qkv + max(again + o + self.attending(M) + held, product + W_qkv)
         attention += M * (Q + N) * s if self.qk_norms else 0
         if not plan.attention:  # what was attended again waits for the MLP's backward
             mlp += qkv + o + M * K * s
@@ -107,9 +125,14 @@ class Shape:
             attention -= self.of_mlp(M, plan)
         return max(mlp, attention) + M * K * s  # dy
 
-    def cudnn(self, M: int) -> int:
-        """Bytes of what cuDNN's backward of attention has for itself: dq, dk and dv, and a sum for dq in fp32."""
-        return M * (self.queries + 2 * self.keys) * self.itemsize + 4 * M * self.queries
+    def attending(self, M: int) -> int:
+        """Bytes of what attention's backward has for itself: a sum for dq in fp32; torch's has dq, dk and dv, too, and
+        with grouped heads dk and dv of each query's head, as cuDNN's (cudnn-frontend: dK_fullhead) and Flash have."""
+        total = 4 * M * self.queries
+        if not self.in_place:
+            total += M * (self.queries + 2 * self.keys) * self.itemsize
+            total += 2 * M * self.queries * self.itemsize if self.keys < self.queries else 0
+        return total
 
     def of_mlp(self, M: int, plan: Plan) -> int:
         """Bytes of that of `kept` which the MLP keeps and may offload."""
@@ -123,12 +146,12 @@ class Shape:
         """
         K, I, s = self.hidden, self.intermediate, self.itemsize
         m, qkv = -(-M // plan.chunks), self.queries + 2 * self.keys
-        hidden = 2 * m * I * s
+        hidden = m * I * s if self.gated and not plan.gate_up else 2 * m * I * s
         before = M * K * s + (hidden if plan.gate_up else 0)
         own = M * (K + (self.queries if plan.attention else 0) + (qkv if plan.qkv else 0)) * s
         gate_up = (m * K + 2 * I * K) * self.factor + hidden
         down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
-        most = max(gate_up, hidden + m * I * self.factor, down)
+        most = max(gate_up, down, 0 if self.gated and not plan.gate_up else hidden + m * I * self.factor)
         most += M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
         return before + own, most + M * K * s  # and the embeddings, which transformers holds while it goes forward
 
@@ -198,7 +221,7 @@ def estimate(
 
     optimizer   a name of FinetuneConfig.optimizer; dtype: what is computed in; compute: of `patch`
     """
-    shape, M = Shape.of(model.config, dtype, compute), batch * length
+    shape, M = Shape.on_its_device(model, dtype, compute, length), batch * length
     frozen, trained = model_bytes(model)
     layers = [shape.kept(M, plan) for plan in plans]
     held = [stays + (0 if plan.offload else may) for (may, stays), plan in zip(layers, plans, strict=True)]
@@ -232,6 +255,10 @@ def estimate(
         M,
         plans,
     )
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def part_bytes(shape: Shape, M: int) -> int:
