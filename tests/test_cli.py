@@ -246,7 +246,7 @@ class TestOutput:
         (["--dropout", 1.5], ["dropout 1.5"]),
         (["--eval-steps", 2, "--save-steps", 3], ["save_steps 3", "--keep last"]),
         (["--device", "tpu"], ["'tpu'"]),
-        (["--budget", 3], ["--budget 3 is for --plan auto", "add --plan auto"]),
+        (["--budget", 3, "--plan", "off"], ["--budget 3 is for --plan auto", "add --plan auto"]),
         (["--plan", "keep", "--budget", "8GiB"], ["--budget 8GiB", "add --plan auto"]),
         (["--plan", "nonsense"], ["'nonsense'", "auto, off", "leanest"]),
     ],

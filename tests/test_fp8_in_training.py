@@ -47,7 +47,7 @@ def test_a_warm_up(folders, references):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(), "--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto"),
+        (dict(plan="off"), "--compute fp8 is for fused layers, and --plan off fuses none: add --plan auto"),
         (dict(plan="auto", dropout=0.1), "--compute fp8 has the adapters in the weights: leave out --dropout 0.1"),
     ],
 )

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from fused_case import BATCH, IDS, LAYERS, assert_same_step, fused, layers_of, model_of, step, table
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, SHAPE
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from fastkit.errors import FastkitError
-from fastkit.models import attend
+from fastkit.models import add_lora, attend
 from fastkit.models.bnb import bnb
 from fastkit.models.patch import patch, patched, unpatch
 from fastkit.models.plans import PLANS
@@ -26,6 +26,24 @@ def logits(model):
 
 
 # --- what is taken
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["peft", "plain"])
+def test_layers_of_another_architecture_are_named(lora):
+    """Their norms and MLPs are taken, where they are such as others have. fastkit's `load` refuses the model."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **SHAPE)).train()
+    if lora:
+        model = add_lora(model, rank=4)
+    report = patch(model)
+    assert report.layers == 0 and report.mlps == LAYERS and report.heads == 1
+    assert len(report.left) == LAYERS and all("layers." in name for name in report.left)
+    assert (
+        str(report)
+        .splitlines()[1]
+        .endswith("layers.0 and 1 more: a Olmo2DecoderLayer, and only layers of Llama, Mistral, Qwen2, Qwen3 are fused")
+    )
+    unpatch(model)
+    assert not patch(model, layers=False).left
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["peft", "plain"])

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastkit.errors import FastkitError
 from fastkit.models.fused_head import FusedHead, FusedLoss, check_head
-from fastkit.models.fused_layer import MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
+from fastkit.models.fused_layer import LAYERS, MLP, FusedLayer, Shared, is_decoder_layer, is_silu, read_layer
 from fastkit.models.plans import Plan, plan_of
 from fastkit.models.products import GROUPS, FP8Group, bound, lacking
 from fastkit.models.projection import Group, Refusal
@@ -48,11 +48,15 @@ class Report:
             "notes": dict(self.notes),
         }
 
+    def left_by_reason(self) -> list[tuple[str, str]]:
+        """[(why, the first that was left for that and how many others)]."""
+        return _by_reason(self.left)
+
     def __str__(self) -> str:
         counts = ((self.layers, "fused layer"), (self.norms, "norm"), (self.mlps, "MLP"), (self.heads, "head"))
         taken = [f"{n} {what}" + "s" * (n != 1) for n, what in counts if n]
         lines = [f"fastkit runs {', '.join(taken) or 'nothing of this model'}"]
-        lines += [f"  not {names}: {why}" for why, names in _by_reason(self.left)]
+        lines += [f"  not {names}: {why}" for why, names in self.left_by_reason()]
         lines += [f"  {names}: {what}" for what, names in _by_reason(self.notes)]
         return "\n".join(lines)
 
@@ -90,8 +94,11 @@ def patch(model: nn.Module, plan: Plans = None, layers: bool = True, compute: st
     """
     shared, report = Shared(_group(model, compute, layers)), Report()
     plans = iter(_plans(plan, sum(map(is_decoder_layer, model.modules()))))
+    others = _layers_of_others(model) if layers else set()
     within: set[nn.Module] = set()  # modules of fused layers
     for name, module in model.named_modules():
+        if type(module).__name__ in others and not is_decoder_layer(module):
+            report.left[name] = f"a {type(module).__name__}, and only layers of {', '.join(LAYERS.values())} are fused"
         if module in within or isinstance(vars(module).get("forward"), FusedLayer):
             within.update(module.modules())
         elif layers and is_decoder_layer(module):
@@ -119,6 +126,12 @@ def patch(model: nn.Module, plan: Plans = None, layers: bool = True, compute: st
                 report.heads += 1
     _link(model)
     return report
+
+
+def _layers_of_others(model: nn.Module) -> set[str]:
+    """Names of the classes that transformers' models here call their layers."""
+    kinds = {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
+    return {kind for kind in kinds if kind.endswith(("Layer", "Block"))}
 
 
 def _link(model: nn.Module) -> None:

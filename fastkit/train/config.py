@@ -67,9 +67,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool | None = flag(None, "recompute activations; default: only above 1B parameters")
     kernels: Literal["auto", "on", "off"] = flag("auto", "fastkit's Triton kernels in the model; auto: on a GPU")
     plan: str = flag(
-        "off",
+        "auto",
         "what fused decoder layers keep for the backward: auto, the fastest that fits the budget; off: layers are not "
-        f"fused; or {', '.join(PLANS)}",
+        f"fused, as on the CPU; or {', '.join(PLANS)}",
     )
     compute: Literal["auto", "fp8"] = flag(
         "auto",

@@ -79,7 +79,7 @@ class FineTune:
         use_kernels = self._use_kernels(device)
         if config.compute == "fp8":
             self._check_fp8(use_kernels, device)
-        if not use_kernels and config.plan != "off":
+        if not use_kernels and (config.plan not in ("auto", "off") or config.budget):
             self._say_unused(device)
         self._settle_packing(use_kernels and device.type == "cuda")
         train_records, validation_records = data.load_splits(
@@ -285,8 +285,8 @@ class FineTune:
         self.metrics["kernels"] = report.as_dict()
         if plan == "off":
             return
-        for name, why in report.left.items():
-            warnings.warn(f"{name} runs through transformers: {why}", stacklevel=3)
+        for why, names in report.left_by_reason():
+            warnings.warn(f"{names} runs through transformers: {why}", stacklevel=3)
         if not (layers := fused_layers(self.model)) or report.left:
             return  # an estimate would be of another model
         size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer)
@@ -330,8 +330,8 @@ class FineTune:
             config = self.config
             raise FastkitError(
                 f"out of GPU memory at batch_size {config.batch_size}, max_length {config.max_length} (peak "
-                f"{peak_gib(self.device):.1f} GiB): halve --batch_size and double --accumulation, shorten "
-                "--max_length, or set --gradient_checkpointing true; checkpoints are kept"
+                f"{peak_gib(self.device):.1f} GiB): halve --batch_size and double --accumulation, or shorten "
+                f"--max_length{', or leave out --plan off' if config.plan == 'off' else ''}; checkpoints are kept"
             ) from error
 
 

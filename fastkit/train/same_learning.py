@@ -249,7 +249,8 @@ def compare(config: SameLearningConfig) -> dict:
     for who, (plan, compute) in contenders.items():
         print(f"{who} ...", file=sys.stderr, flush=True)
         runs[who], batches = learn(config, plan, batches, compute)
-        print(f"  validation loss {runs[who].validation:.6f}", file=sys.stderr, flush=True)
+        drift = differences(runs["transformers"], runs[who])["mean_relative_drift"]
+        print(f"  validation loss {runs[who].validation:.6f}, mean drift {drift:.4%}", file=sys.stderr, flush=True)
     stock = runs["transformers"]
     rows = []
     for who, run in runs.items():

@@ -70,8 +70,9 @@ class QLoRATrainer(Trainer):
         return self.retry.run(self.state.global_step, one_pass, inputs)
 
     def rehearse(self) -> None:
-        """Passes before the first step, of which nothing stays but what a process does once: a batch with the longest
-        record or row, and the first batch.
+        """Two passes before the first step, of which nothing stays but what a process does once: of a batch with the
+        longest record or row and of the first batch; of the first alone where graphs are captured, for they have one
+        length, and the second pass of a kind is captured.
 
         Binaries are loaded to the GPU and libraries begun, the host memory is pinned that plans offload to, a pass is
         captured; and if memory does not suffice, that shows (see `Retry`). By one process alone; once `train` has set
@@ -79,9 +80,10 @@ class QLoRATrainer(Trainer):
         """
         size, order = self.args.per_device_train_batch_size, list(self.order)
         longest = max(range(len(order)), key=lambda at: self.order.tokens(order[at])) // size * size
+        begins = (longest, 0) if self.graphs is None else (0, 0)
         one_pass = functools.partial(self._one_pass, self.model_wrapped, num_items_in_batch=torch.tensor(1))
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            for begin in (longest, 0):  # one length, where passes are captured: the second is
+            for begin in begins:
                 batch = [self.train_dataset[n] for n in order[begin : begin + size]]
                 self.retry.run(0, one_pass, self.data_collator(batch))
         self.model.zero_grad()
