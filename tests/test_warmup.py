@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tiny import tiny_data, tiny_model
 from fastkit.cli import main
 from fastkit.errors import FastkitError
 from fastkit.kernels import attention_forward, choices
+from fastkit.kernels.attention_choice import BACKENDS
 from fastkit.lab.compilations import Compilation
 from fastkit.models import graphs, warmup_rows
 from fastkit.models.sequences import begin, ends
@@ -100,6 +102,16 @@ class TestChoices:
         (choices.SHIPPED / "a.json").write_text('{"small": "ours"}')
         choices._read.cache_clear()
         assert choices.stored("a.json", "small") == "ours"
+
+    def test_what_ships_is_of_named_cards_and_can_be_chosen(self):
+        shipped = list(choices.SHIPPED.glob("*"))
+        assert shipped
+        for path in shipped:
+            assert re.fullmatch(r"attention-[\w.+-]+-torch[\d.]+\+cu\d+-triton[\d.]+-cudnn\d+\.json", path.name)
+            for kind, choice in choices._read(path).items():
+                assert choice in kind.partition(", of ")[2].split() and set(kind.split(", of ")[1].split()) <= {
+                    *BACKENDS
+                }
 
     def test_another_card_or_version_has_another_file(self, monkeypatch):
         names = {choices.file_name("attention", "A card"), choices.file_name("attention", "B card")}

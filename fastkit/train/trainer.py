@@ -1,8 +1,9 @@
 """transformers' Trainer with a few things changed: atomic checkpoints, a loss over tokens, batches of like length."""
 
 import functools
+import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,9 +57,7 @@ class QLoRATrainer(Trainer):
         self.tokens_seen, self.places_seen = torch.zeros(2, dtype=torch.int64, device=self.args.device)
 
     def train(self, *args, **kwargs):
-        if processes.count() > 1:
-            return super().train(*args, **kwargs)
-        with _quick_zero_grad(self.model):
+        with _settled_heap(), nullcontext() if processes.count() > 1 else _quick_zero_grad(self.model):
             return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -225,6 +224,21 @@ def _quick_zero_grad(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.zero_grad
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Python's garbage collector leaves out what lives already: to look through the half a million objects of the
+    libraries, the model and the data takes it some tenths of a second, every now and then in the middle of a step."""
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def by_length(dataset):
