@@ -114,6 +114,18 @@ def test_a_larger_budget_is_never_slower(sized):
     assert "8,192 tokens" in text and "32 layers keep" in text and "peak" in text
 
 
+def test_a_captured_step_leaves_more_room(sized):
+    leaner = 0
+    for gib in (7, 8, 9, 12, 16, 24):
+        plain, captured = (
+            choose(sized, gib * 2**30, 4, 2048, "adamw8bit", torch.bfloat16, captured=each).peak
+            for each in (False, True)
+        )
+        assert captured <= gib * 2**30 * (1 - budget.CAPTURED_MARGIN) < gib * 2**30 * (1 - budget.MARGIN)
+        leaner += captured < plain
+    assert leaner >= 3
+
+
 def test_no_two_plans_are_faster_together(sized):
     """Of all pairs, whatever their shares of the layers, among those that fit."""
     for gib in (6.4, 8, 14):

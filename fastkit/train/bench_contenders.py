@@ -165,7 +165,8 @@ def _estimate(settings: Settings, model, dtype: torch.dtype):
         if device.type == "cpu":
             raise FastkitError("--plan auto on a CPU needs a --budget")
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
-    return budget.choose(model, int(room * 2**30), *step, rates=budget.rates(device, dtype), compute=compute)
+    how = dict(rates=budget.rates(device, dtype), compute=compute, captured=settings.graphs)
+    return budget.choose(model, int(room * 2**30), *step, **how)
 
 
 CONTENDERS = {

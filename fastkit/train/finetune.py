@@ -292,7 +292,8 @@ class FineTune:
         size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer)
         size |= dict(dtype=self.dtype, compute=config.compute)
         if plan == "auto":
-            chosen = budget.choose(self.model, self._budget(), **size, rates=budget.rates(self.device, self.dtype))
+            how = dict(rates=budget.rates(self.device, self.dtype), captured=config.graphs != "off")
+            chosen = budget.choose(self.model, self._budget(), **size, **how)
             set_plan(self.model, chosen.plans)
         else:
             chosen = estimate(self.model, [layer.plan for layer in layers], **size)
