@@ -32,9 +32,10 @@ def test_nothing_stays_of_a_rehearsal(inputs, tmp_path, references, packing):  #
     assert with_one["validation_losses"] == without["validation_losses"]
 
 
+@pytest.mark.parametrize("steps", [-1, 3])
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_the_widest_batch_is_rehearsed_and_the_first(inputs, tmp_path, references, packing):  # noqa: F811
-    settings = dict(kernels="on", plan="keep", packing=packing, device="cpu", batch_size=2, eval_steps=99)
+def test_the_widest_batch_is_rehearsed_and_the_first(inputs, tmp_path, references, packing, steps):  # noqa: F811
+    settings = dict(kernels="on", plan="keep", packing=packing, device="cpu", batch_size=2, eval_steps=99, steps=steps)
     with FineTune(**{**inputs, **settings, "output": str(tmp_path)}) as run:
         run.prepare()
         collate, widths = run.trainer.data_collator, []
@@ -45,12 +46,12 @@ def test_the_widest_batch_is_rehearsed_and_the_first(inputs, tmp_path, reference
             return batch
 
         run.trainer.data_collator = seen
-        run.trainer.rehearse()
-        rehearsed = widths[:]
-        widths.clear()
+        run.trainer.add_callback(Rehearsal(run.trainer.rehearse))
         run.train()
-    steps = widths[: run.trainer.state.max_steps]
-    assert len(set(steps)) > 1 and rehearsed == [max(steps), steps[0]]
+    count = run.trainer.state.max_steps
+    rehearsed, trained = widths[:2], widths[2 : 2 + count]
+    assert rehearsed == [max(trained), trained[0]]
+    assert len(set(trained)) > 1 or packing == "on"
 
 
 def test_a_rehearsal_finds_out_that_memory_does_not_suffice(inputs, tmp_path, references, monkeypatch):  # noqa: F811

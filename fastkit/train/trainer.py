@@ -77,7 +77,9 @@ class QLoRATrainer(Trainer):
         captured; and if memory does not suffice, that shows (see `Retry`). By one process alone; once `train` has set
         up everything.
         """
-        size, order = self.args.per_device_train_batch_size, list(self.order)
+        size = self.args.per_device_train_batch_size
+        passes = self.state.max_steps * self.args.gradient_accumulation_steps
+        order = list(self.order)[: passes * size]
         longest = max(range(len(order)), key=lambda at: self.order.tokens(order[at])) // size * size
         begins = (longest, 0) if self.graphs is None else (0, 0)
         one_pass = functools.partial(self._one_pass, self.model_wrapped, num_items_in_batch=torch.tensor(1))
