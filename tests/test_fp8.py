@@ -187,7 +187,11 @@ def layer_inputs(B=2, T=13, dtype=torch.float32, device="cpu"):
 
 
 def check_layer(model, x, dy, plan="keep", mask=None):
-    """Errors of y and x are of what the halves add to the residual stream; a gradient sees up to seven products."""
+    """Errors of y and x are of what the halves add to the residual stream; a gradient sees up to seven products.
+
+    Returns the largest error beside the emulation: sums in another order, but where one such error is enough to round a
+    number to its other FP8 neighbour, 1% (one draw in some hundred in fp32).
+    """
     ours = run_layer(fused(model, plan, "fp8"), x, dy, mask)
     emulating = fused(model, plan)
     for layer in fused_layers(emulating):
@@ -196,23 +200,31 @@ def check_layer(model, x, dy, plan="keep", mask=None):
     plain = run_layer(fused(model, plan), x, dy, mask)
     truth = run_layer(in_float64(model), x.double(), dy.double(), mask)
     assert ours.keys() == truth.keys()
+    apart = []
     for name in truth:
         stream = {"y": x, "x": dy}.get(name, torch.zeros(())).double()
-        within = 0.01 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
-        assert error(ours[name].double() - stream, emulation[name].double() - stream) <= within, name
+        within = 0.03 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
+        apart.append(error(ours[name].double() - stream, emulation[name].double() - stream))
+        assert apart[-1] <= within, name
         found = error(ours[name].double() - stream, truth[name] - stream)
         assert ours[name].dtype == plain[name].dtype
         assert 1e-3 < found <= 0.25, f"{name}: {found:.3f}"
         assert found > error(plain[name].double() - stream, truth[name] - stream), f"{name} is not in FP8"
+    return max(apart)
+
+
+def assert_as_emulated(model, **shape):
+    """Of three draws, two at most have a number that falls to its other neighbour."""
+    assert any(check_layer(model, *layer_inputs(**shape)) <= 1e-4 for _ in range(3))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_layer_is_as_close_to_the_truth_as_four_bits_of_mantissa_allow(folder, references, fresh_seed, arch):
-    check_layer(model_of(folder, arch), *layer_inputs())
+    assert_as_emulated(model_of(folder, arch))
 
 
 def test_a_layer_through_the_interpreted_kernels(folder, fresh_seed):
-    check_layer(model_of(folder, "llama"), *layer_inputs(B=1, T=5))
+    assert_as_emulated(model_of(folder, "llama"), B=1, T=5)
 
 
 @pytest.mark.gpu
@@ -266,7 +278,7 @@ def test_some_adapters_alone_may_learn(folder, references, fresh_seed):
     model = model_of(folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("k_proj.lora_A" in name or "down_proj.lora_B" in name)
-    check_layer(model, *layer_inputs())
+    assert_as_emulated(model)
 
 
 def test_bounds_are_computed_before_the_first_step_and_once(folder, references, monkeypatch):
