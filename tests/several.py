@@ -74,3 +74,4 @@ def main(runs: list[dict]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    processes.end(0)

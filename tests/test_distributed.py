@@ -205,3 +205,11 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 def test_what_cannot_be_sharded_is_refused(settings, part):
     with pytest.raises(FastkitError, match=part):
         FinetuneConfig(**{"strategy": "fsdp2", "optimizer": "adamw", **settings}).check()
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_process_ends_with_its_code_and_all_that_it_said(count):
+    code = "import atexit; from fastkit.train import processes; atexit.register(print, 'b'); print('a'); "
+    command = [sys.executable, "-c", f"{code}processes.end(3)"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": count})
+    assert (done.returncode, done.stdout) == (3, "a\nb\n"), done.stderr

@@ -268,3 +268,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    processes.end(0)

@@ -6,13 +6,14 @@ Every process runs the same program on its own GPU. The first alone writes, show
 ends it, and torchrun then ends the others. Without torchrun there is one process, and all of this does nothing.
 """
 
+import atexit
 import gc
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,14 +75,23 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Disconnect, where all is done, and hold no trainer and no model any more.
-
-    gloo's threads end with the last owner of a group, such as a model under DDP. One that lets go of a tensor while
-    Python ends aborts the process (pytorch 179291, 190489): seen twice in many runs, once with a model still held.
-    """
+    """Disconnect, where all is done, and hold no trainer and no model any more: gloo's threads end with the last owner
+    of a group, such as a model under DDP."""
     if dist.is_initialized():
         gc.collect()  # models and trainers are cycles
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """Exit with `code`. One of several processes leaves the destructors of C++ out: now and then one of gloo's threads
+    is left to them, and they abort a process that has done all its work (pytorch 179291, 190489), and torchrun then
+    ends the others and says that all failed."""
+    if count() == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait() -> None:
