@@ -199,6 +199,20 @@ def test_the_peak_is_what_the_estimate_says(folder, compute, monkeypatch):
             assert abs(found - peak) <= 0.02 * found, plan
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_fp8_needs_less_memory_and_less_time(plan):
+    plain, fp8 = MISTRAL, replace(MISTRAL, fp8=True)
+    for M in (512, 8192):
+        assert fp8.kept(M, PLANS[plan]) == plain.kept(M, PLANS[plan])
+        fewer, as_many = fp8.transient(M, PLANS[plan]), plain.transient(M, PLANS[plan])
+        attention_needs_most = PLANS[plan].chunks > 1
+        if not (PLANS[plan].gate_up and M == 8192):  # there SwiGLU's gradients in FP8 stand beside da
+            assert fewer < as_many or (attention_needs_most and fewer == as_many)
+        if not PLANS[plan].offload:  # there is less to hide copies behind
+            fast, slow = (budget.cost_seconds(shape, M, PLANS[plan]) for shape in (fp8, plain))
+            assert slow / 2 < fast < slow or fast == slow == 0  # what is no product stays as it was
+
+
 def test_what_attention_s_backward_has_for_itself(monkeypatch):
     """By cuDNN, on the sizes of Mistral-7B, 4 x 2048 tokens: dq, dk, dv, dq in fp32, and dk and dv of all heads."""
     theirs = replace(MISTRAL, in_place=False)

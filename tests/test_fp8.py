@@ -8,8 +8,7 @@ from tiny import ARCHITECTURES, SHAPE
 
 from fastkit.errors import FastkitError
 from fastkit.kernels import merged_dequantize as merging
-from fastkit.models import attend, budget, pieces, products
-from fastkit.models.estimate import Shape
+from fastkit.models import attend, pieces, products
 from fastkit.models.patch import fused_layers, patch, patched, unpatch
 from fastkit.models.plans import PLANS
 from fastkit.models.products import FP8Group
@@ -389,20 +388,3 @@ def test_another_dtype_on_a_gpu_is_refused(folder):
     patch(model, compute="fp8")
     with pytest.raises(FastkitError, match=r"gives bfloat16, and the model computes in torch\.float32"):
         step(model, **{name: t.cuda() for name, t in BATCH.items()})
-
-
-# --- memory
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_fp8_needs_less_memory_and_less_time(plan):
-    plain, fp8 = (Shape(32, 4096, 4096, 1024, 14336, 32, 32000, False, 2, fp8) for fp8 in (False, True))
-    for M in (512, 8192):
-        assert fp8.kept(M, PLANS[plan]) == plain.kept(M, PLANS[plan])
-        fewer, as_many = fp8.transient(M, PLANS[plan]), plain.transient(M, PLANS[plan])
-        attention_needs_most = PLANS[plan].chunks > 1
-        if not (PLANS[plan].gate_up and M == 8192):  # there SwiGLU's gradients in FP8 stand beside da
-            assert fewer < as_many or (attention_needs_most and fewer == as_many)
-        if not PLANS[plan].offload:  # there is less to hide copies behind
-            fast, slow = (budget.cost_seconds(shape, M, PLANS[plan]) for shape in (fp8, plain))
-            assert slow / 2 < fast < slow or fast == slow == 0  # what is no product stays as it was
