@@ -202,7 +202,7 @@ def check_layer(model, x, dy, plan="keep", mask=None):
     apart = []
     for name in truth:
         stream = {"y": x, "x": dy}.get(name, torch.zeros(())).double()
-        within = 0.03 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
+        within = 0.01 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
         apart.append(error(ours[name].double() - stream, emulation[name].double() - stream))
         assert apart[-1] <= within, name
         found = error(ours[name].double() - stream, truth[name] - stream)
