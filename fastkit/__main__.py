@@ -5,7 +5,7 @@ import sys
 
 from fastkit.cli import main
 
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # asked here: `processes` imports torch
     from fastkit.train import processes
 
     processes.end(main())

@@ -53,7 +53,7 @@ def test_out_of_memory_says_what_to_do(inputs, tmp_path):
         with pytest.raises(torch.cuda.OutOfMemoryError):  # what is cached goes first
             while True:
                 taken.append(torch.empty(2**16, dtype=torch.uint8, device="cuda"))
-        with pytest.raises(FastkitError, match=r"out of GPU memory at batch_size 4, .*shorten --max_length"):
+        with pytest.raises(FastkitError, match=r"out of GPU memory at batch_size 4, .*max_length; checkpoints are"):
             run.train()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

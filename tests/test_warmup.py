@@ -109,9 +109,8 @@ class TestChoices:
         for path in shipped:
             assert re.fullmatch(r"attention-[\w.+-]+-torch[\d.]+\+cu\d+-triton[\d.]+-cudnn\d+\.json", path.name)
             for kind, choice in choices._read(path).items():
-                assert choice in kind.partition(", of ")[2].split() and set(kind.split(", of ")[1].split()) <= {
-                    *BACKENDS
-                }
+                names = kind.partition(", of ")[2].split()
+                assert choice in names and set(names) <= {*BACKENDS}
 
     def test_another_card_or_version_has_another_file(self, monkeypatch):
         names = {choices.file_name("attention", "A card"), choices.file_name("attention", "B card")}

@@ -117,11 +117,12 @@ def in_place(device: torch.device, dtype: torch.dtype, D: int, length: int, in_f
     if device.type != "cuda":
         return True
     taken = architecture(device) == "sm_90" and dtype.itemsize == 2 and D in backward_hopper.HEADS
-    return taken and _wants_ours(length, in_fp8)
+    return taken and (torch.are_deterministic_algorithms_enabled() or _faster_backward(length, in_fp8))
 
 
-def _wants_ours(length: int, in_fp8: bool) -> bool:
-    return torch.are_deterministic_algorithms_enabled() or (not in_fp8 and length >= 1024)
+def _faster_backward(length: int, in_fp8: bool) -> bool:
+    """Whether ours is faster than cuDNN's where it takes the tensors: see `_in_place_of_cudnn`."""
+    return not in_fp8 and length >= 1024
 
 
 def _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8: bool) -> bool:
@@ -136,7 +137,7 @@ def _in_place_of_cudnn(do, q, k, v, dk, dv, in_fp8: bool) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         return True
     taken = backward_hopper.takes(architecture(q.device), do, q, k, v, dk, dv)
-    return taken and _wants_ours(q.shape[2], in_fp8)
+    return taken and _faster_backward(q.shape[2], in_fp8)
 
 
 def _backend(q, k, v, options: Attend) -> str:

@@ -41,6 +41,7 @@ from fastkit.kernels.linear_cross_entropy import PART_BYTES, PART_ROWS
 from fastkit.models import attend
 from fastkit.models.bnb import bnb
 from fastkit.models.plans import Plan
+from fastkit.models.shapes import head_dim
 
 BLOCK = 512  # bytes: torch's allocator rounds up to it
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw": 0.0, "paged_adamw8bit": 0.0}  # a parameter
@@ -76,7 +77,7 @@ class Shape:
     @classmethod
     def of(cls, config, dtype: torch.dtype, compute: str = "auto") -> "Shape":
         """Of a transformers config."""
-        heads, D = config.num_attention_heads, _head_dim(config)
+        heads, D = config.num_attention_heads, head_dim(config)
         return cls(
             config.num_hidden_layers, config.hidden_size, heads * D, config.num_key_value_heads * D,
             config.intermediate_size, heads, config.vocab_size, config.model_type == "qwen3", dtype.itemsize,
@@ -87,7 +88,7 @@ class Shape:
     def on_its_device(cls, model: nn.Module, dtype: torch.dtype, compute: str, length: int) -> "Shape":
         """Of a model that is to be trained where it is, on sequences of `length` tokens."""
         device = next(iter(model.parameters())).device
-        in_place = attend.in_place(device, dtype, _head_dim(model.config), length, compute == "fp8")
+        in_place = attend.in_place(device, dtype, head_dim(model.config), length, compute == "fp8")
         gated = gated_product.on_its_card(device) and dtype.itemsize == 2 and compute != "fp8"
         return replace(cls.of(model.config, dtype, compute), in_place=in_place, gated=gated)
 
@@ -146,12 +147,13 @@ class Shape:
         """
         K, I, s = self.hidden, self.intermediate, self.itemsize
         m, qkv = -(-M // plan.chunks), self.queries + 2 * self.keys
-        hidden = m * I * s if self.gated and not plan.gate_up else 2 * m * I * s
+        unwritten = self.gated and not plan.gate_up  # a comes in place of gate and up
+        hidden = m * I * s * (1 if unwritten else 2)
         before = M * K * s + (hidden if plan.gate_up else 0)
         own = M * (K + (self.queries if plan.attention else 0) + (qkv if plan.qkv else 0)) * s
         gate_up = (m * K + 2 * I * K) * self.factor + hidden
         down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
-        most = max(gate_up, down, 0 if self.gated and not plan.gate_up else hidden + m * I * self.factor)
+        most = max(gate_up, down, 0 if unwritten else hidden + m * I * self.factor)
         most += M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
         return before + own, most + M * K * s  # and the embeddings, which transformers holds while it goes forward
 
@@ -255,10 +257,6 @@ def estimate(
         M,
         plans,
     )
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def part_bytes(shape: Shape, M: int) -> int:

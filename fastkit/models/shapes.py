@@ -73,6 +73,11 @@ SHAPES = {
 }
 
 
+def head_dim(config) -> int:
+    """Numbers a head, of a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def config_of(name: str):
     """The transformers config of a named shape."""
     from transformers import AutoConfig

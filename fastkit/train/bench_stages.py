@@ -33,6 +33,7 @@ from fastkit.kernels.common import Cost
 from fastkit.models import attend, pieces
 from fastkit.models.products import FP8Group
 from fastkit.models.projection import Group
+from fastkit.models.shapes import SHAPES, config_of, head_dim
 
 STAGE, PART = "fastkit stage: ", "fastkit part: "
 STAGES = ("forward", "loss", "backward", "optimizer")
@@ -210,8 +211,6 @@ def card_facts(settings) -> dict:
 
 def model_config(shape: str):
     """The transformers config of a named shape or a model's folder."""
-    from fastkit.models.shapes import SHAPES, config_of
-
     if shape in SHAPES:
         return config_of(shape)
     from transformers import AutoConfig
@@ -221,8 +220,7 @@ def model_config(shape: str):
 
 def _heads(config) -> tuple[int, int, int]:
     """(query heads, key heads, numbers a head)"""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads, config.num_key_value_heads, head
+    return config.num_attention_heads, config.num_key_value_heads, head_dim(config)
 
 
 def floors(settings, dtype: torch.dtype, facts: dict | None) -> dict[tuple[str, str], float]:

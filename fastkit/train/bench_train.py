@@ -159,6 +159,7 @@ class Bench:
     rows        a row each contender: who, plan, compute, what bench_run.measure says, and failed: None, or why there is
                 nothing else in it
     stage_rows  a row each part of each stage of ours
+    recorded    the file that they were written to, if they were
     """
 
     def __init__(self, config: TrainBenchConfig, scratch: Path):
@@ -166,7 +167,7 @@ class Bench:
         device = resolve_device(config.device)
         self.dtype, self.cuda = resolve_dtype("auto", device), device.type == "cuda"
         self.rows, self.stage_rows = [], []
-        self.facts = self.checkpoint = None
+        self.facts = self.checkpoint = self.recorded = None
 
     def contend(self, settings: Settings) -> None:
         """Run one contender, in a process of its own."""
@@ -202,10 +203,11 @@ class Bench:
         else."""
         return _notes(self.rows, self.facts)
 
-    def record(self, command: str) -> Path:
+    def record(self, command: str) -> None:
         """Write what there is."""
         every = [{"what": "step", **row} for row in self.rows] + [{"what": "stage", **row} for row in self.stage_rows]
-        return record(self.config.record, every + [{"what": "note", "text": note} for note in self.notes()], command)
+        every += [{"what": "note", "text": note} for note in self.notes()]
+        self.recorded = record(self.config.record, every, command)
 
     def _start(self, settings: Settings) -> dict:
         return _start(settings, self.scratch, self.config)
@@ -335,7 +337,7 @@ def run(config: TrainBenchConfig, command: str) -> int:
         )
         print(table(rows, stage_rows))
         print("".join(f"\n{note}" for note in notes))
-    if config.record and not config.json:
-        print(f"\nrecorded in {found.record(command)}")
+    if found.recorded and not config.json:
+        print(f"\nrecorded in {found.recorded}")
     broken = [row for row in rows if row["plan"] and row["failed"] and not row["failed"].startswith("out of memory")]
     return int(bool(broken) or any("WRONG" in note for note in notes))

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fastkit.errors import FastkitError
+from fastkit.models.shapes import head_dim
 from fastkit.train.export import room_for
 from fastkit.train.gguf_tokenizer import add_tokenizer
 from fastkit.train.merged_weights import Merged
@@ -131,7 +132,7 @@ def _add_metadata(writer: gguf.GGUFWriter, merged: Merged) -> None:
     config = merged.config
     if config.hidden_act not in ("silu", "swish"):
         raise FastkitError(f"{merged.base} computes {config.hidden_act} in its MLP: llama.cpp knows silu there")
-    heads, head_dim = config.num_attention_heads, _head_dim(config)
+    heads, D = config.num_attention_heads, head_dim(config)
     rope = config.rope_parameters
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(merged.base).name)
@@ -143,10 +144,10 @@ def _add_metadata(writer: gguf.GGUFWriter, merged: Merged) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_key_length(D)
+    writer.add_value_length(D)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(D)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -157,10 +158,6 @@ def _add_metadata(writer: gguf.GGUFWriter, merged: Merged) -> None:
         writer.add_rope_scaling_orig_ctx_len(
             rope.get("original_max_position_embeddings") or config.max_position_embeddings
         )
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rope_factors(config) -> np.ndarray | None:
@@ -182,6 +179,6 @@ def _rope_factors(config) -> np.ndarray | None:
     if kind != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    dim = _head_dim(config)
+    dim = head_dim(config)
     plain = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return (plain / scaled).numpy()
