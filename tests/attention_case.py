@@ -3,7 +3,7 @@
 import math
 
 import torch
-from tolerance import SLACK, assert_as_close_as_torch
+from tolerance import SLACK, assert_as_close_as_torch, assert_draws_as_close_as_torch
 
 from fastkit.kernels import attention as module
 from fastkit.kernels.common import INTERPRETED
@@ -30,7 +30,20 @@ def eager(q, k, v, causal=True, window=None, scale=None):
 
 
 def check(attend, q, k, v, *options):
-    """Assert that o, dq, dk and dv of `attend` are as close to the truth as those of torch.
+    """Assert that o, dq, dk and dv of `attend` are as close to the truth as those of torch."""
+    for result in results(attend, q, k, v, *options):
+        assert_as_close_as_torch(*result)
+
+
+def check_draws(attend, draws, *options):
+    """The same of several (q, k, v) of one shape: p and ds are rounded to 16 bits by both, but not the same numbers, so
+    that of few keys the one or the other has by far the largest error."""
+    for draws_of_one in zip(*(results(attend, *draw, *options) for draw in draws), strict=True):
+        assert_draws_as_close_as_torch(draws_of_one)
+
+
+def results(attend, q, k, v, *options):
+    """(ours, torch's, the truth, name, scale) of o, dq, dk and dv.
 
     In ds = p (dp - delta) terms cancel: their size is given. To it comes what every flash attention rounds and eager
     torch does not or not there, p and the o that delta = do · o starts from, as the size of sums of random errors.
@@ -56,8 +69,7 @@ def check(attend, q, k, v, *options):
         scale * ((ds * p).mT @ q.abs()).unflatten(1, (-1, group)).sum(2),
         (p.mT @ do.abs() + ((p * (rounding + e)) ** 2).mT.matmul(do**2).sqrt()).unflatten(1, (-1, group)).sum(2),
     )
-    for results in zip(ours, theirs, truth, ("o", "dq", "dk", "dv"), scales, strict=True):
-        assert_as_close_as_torch(*results)
+    return list(zip(ours, theirs, truth, ("o", "dq", "dk", "dv"), scales, strict=True))
 
 
 def assert_same(ours, theirs):

@@ -7,7 +7,7 @@ from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
-from attention_case import check
+from attention_case import check, check_draws
 from compiled import compile_all, needs_hopper, pretended
 
 from fastkit.kernels import attention as module
@@ -127,9 +127,11 @@ def test_close_to_the_truth(shape, dtype, programs, device, monkeypatch):
     needs_hopper()
     monkeypatch.setattr(attention_hopper, "sm_count", lambda device: programs)
     B, H, H_k, T_q, T_k, D, causal = shape
-    q = torch.randn(B, T_q, H, D, dtype=dtype, device=device).transpose(1, 2)
-    k, v = (torch.randn(B, T_k, H_k, D, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
-    check(attention, q, k, v, causal)
+    sizes, draws = ((T_q, H), (T_k, H_k), (T_k, H_k)), []
+    for _ in range(16):
+        draws.append([torch.randn(B, T, heads, D, dtype=dtype, device=device).transpose(1, 2) for T, heads in sizes])
+    check_draws(attention, draws, causal)
+    q, k, v = draws[0]
     o, lse = torch.empty_like(q), torch.empty(B, H, T_q, device=device)
     (caught,) = catch(lambda: attention_forward.launch_forward(q, k, v, o, lse, **OPTIONS | {"causal": causal}))
     assert caught.name == "_hopper_kernel"

@@ -188,8 +188,7 @@ def layer_inputs(B=2, T=13, dtype=torch.float32, device="cpu"):
 def check_layer(model, x, dy, plan="keep", mask=None):
     """Errors of y and x are of what the halves add to the residual stream; a gradient sees up to seven products.
 
-    Returns the largest error beside the emulation: sums in another order, but where one such error is enough to round a
-    number to its other FP8 neighbour, 1% (one draw in some hundred in fp32).
+    Returns, by name, what is beside the emulation: (ours, the emulation), both less the stream.
     """
     ours = run_layer(fused(model, plan, "fp8"), x, dy, mask)
     emulating = fused(model, plan)
@@ -199,22 +198,24 @@ def check_layer(model, x, dy, plan="keep", mask=None):
     plain = run_layer(fused(model, plan), x, dy, mask)
     truth = run_layer(in_float64(model), x.double(), dy.double(), mask)
     assert ours.keys() == truth.keys()
-    apart = []
+    beside = {}
     for name in truth:
         stream = {"y": x, "x": dy}.get(name, torch.zeros(())).double()
-        within = 0.01 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
-        apart.append(error(ours[name].double() - stream, emulation[name].double() - stream))
-        assert apart[-1] <= within, name
+        beside[name] = ours[name].double() - stream, emulation[name].double() - stream
         found = error(ours[name].double() - stream, truth[name] - stream)
         assert ours[name].dtype == plain[name].dtype
         assert 1e-3 < found <= 0.25, f"{name}: {found:.3f}"
         assert found > error(plain[name].double() - stream, truth[name] - stream), f"{name} is not in FP8"
-    return max(apart)
+    return beside
 
 
 def assert_as_emulated(model, **shape):
-    """Of three draws, two at most have a number that falls to its other neighbour."""
-    assert any(check_layer(model, *layer_inputs(**shape)) <= 1e-4 for _ in range(3))
+    """Sums in another order, but where one such error is enough to round a number to its other FP8 neighbour: within 1%
+    over three draws, and one of them, in which there is none, within 1e-4."""
+    draws = [check_layer(model, *layer_inputs(**shape)) for _ in range(3)]
+    for name in draws[0]:
+        assert error(*(torch.stack(side) for side in zip(*(draw[name] for draw in draws), strict=True))) <= 0.01, name
+    assert any(all(error(*sides) <= 1e-4 for sides in draw.values()) for draw in draws)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -233,7 +234,9 @@ def test_a_layer_on_a_gpu(folder, fresh_seed, arch, plan):
     model = model_of(folder, arch, device="cuda", dtype="bf16", **WINDOWED.get(arch, {}))
     x, dy = layer_inputs(T=151, dtype=torch.bfloat16, device="cuda")
     # a small stream, lest its rounding count for more than what a layer adds
-    check_layer(model, x / 4, dy, plan, window_mask(arch, 151, "cuda"))
+    beside = check_layer(model, x / 4, dy, plan, window_mask(arch, 151, "cuda"))
+    for name, sides in beside.items():  # rounding to bfloat16 before FP8 moves some numbers there
+        assert error(*sides) <= 0.1, name
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
