@@ -50,9 +50,10 @@ def test_out_of_memory_says_what_to_do(inputs, tmp_path):
     torch.cuda.set_per_process_memory_fraction(reserved / total)
     try:
         taken = []
-        with pytest.raises(torch.cuda.OutOfMemoryError):  # what is cached goes first
-            while True:
-                taken.append(torch.empty(2**16, dtype=torch.uint8, device="cuda"))
+        for size in (2**21, 2**20, 2**9):  # what is cached goes first, to the last hole
+            with pytest.raises(torch.cuda.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
         with pytest.raises(FastkitError, match=r"out of GPU memory at batch_size 4, .*max_length; checkpoints are"):
             run.train()
     finally:

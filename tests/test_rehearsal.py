@@ -1,12 +1,14 @@
 """What is done before the first step: a pass of which nothing stays, and how the allocator works."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from test_trainer import curve, inputs  # noqa: F401  a fixture
 
+from fastkit.lab.sources import child_environment
 from fastkit.models import pieces
 from fastkit.train.callbacks import Rehearsal
 from fastkit.train.finetune import FineTune
@@ -86,12 +88,46 @@ def test_a_rehearsed_run_is_captured_before_its_first_step(inputs, tmp_path):  #
     assert captured == [0, 0]  # launch by launch and captured, both in the rehearsal
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torch grows segments on Linux alone")
-def test_the_allocator_grows_its_segments_unless_told_otherwise(monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """What torch's allocator is told; the environment says nothing to it."""
     for name in ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # that it be as it was, afterwards
+        monkeypatch.delenv(name)
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", said.append)
+    return said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch grows segments on Linux alone")
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("PYTORCH_ALLOC_CONF", None, "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", "backend:native,expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", None),
+    ],
+)
+def test_the_allocator_grows_its_segments_unless_told_otherwise(name, given, expected, told, monkeypatch):
+    if given is not None:
+        monkeypatch.setenv(name, given)
     growing_segments()
-    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
-    growing_segments()
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert told == [expected] * (expected is not None)
+    assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == {name: expected or given}
+
+
+@pytest.mark.gpu
+def test_segments_grow_in_a_process_that_imported_all_and_saw_the_gpu():
+    program = """
+import torch
+import fastkit.train.finetune
+from fastkit.train.memory import growing_segments
+torch.cuda.get_device_properties(0)
+growing_segments()
+x = torch.ones(2**24, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    environment = {name: value for name, value in child_environment().items() if name not in ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

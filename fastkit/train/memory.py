@@ -14,17 +14,27 @@ from fastkit.models.estimate import Shape, describe
 from fastkit.models.patch import fused_layers, set_plan
 from fastkit.models.plans import PLANS
 
-ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def growing_segments() -> None:
-    """Have torch's allocator grow its segments on a GPU, unless the environment says how it works.
+    """Have torch's allocator grow its segments on a GPU, unless the environment says whether it does.
 
-    Then it reserves hardly more than is allocated; else a lean step of Mistral-7B that takes 5.9 GiB has 6.8 reserved,
-    for blocks of one size are of no use to others (H200). Without effect once the process has used a GPU.
+    Else a block of one size is of no use to a larger one: a lean step of Mistral-7B that takes 5.7 GiB has 7.1
+    reserved, one that keeps everything 30.6 for 27.8 (H200). Memory that was taken before stays as it is.
+
+    Told by torch's function, which counts whenever it is called; torch reads the variable once, and may have done so.
     """
-    if sys.platform == "linux" and not ALLOCATOR & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    given = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    if sys.platform != "linux" or not torch.cuda.is_available():
+        return
+    if any("expandable_segments" in value for value in given.values()):
+        return
+    name, others = next(iter(given.items()), (ALLOCATOR[0], ""))
+    os.environ[name] = settings = ",".join(filter(None, (others, "expandable_segments:True")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has it under another name, too
+        torch.cuda.memory._set_allocator_settings(settings)
 
 
 class Retry:
