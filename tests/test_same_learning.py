@@ -14,7 +14,7 @@ from fastkit.models import pieces
 from fastkit.models.patch import Report
 from fastkit.models.plans import PLANS
 from fastkit.train import same_learning
-from fastkit.train.same_learning import LIMITS, Learned, SameLearningConfig, compare, differences, judge, learn
+from fastkit.train.same_learning import LIMITS, Learned, SameLearningConfig, compare, differences, judge, learn, table
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -62,6 +62,22 @@ def test_each_run_is_judged_by_the_limits_of_what_it_computes_in(inputs, monkeyp
     assert [row["who"] for row in found["rows"]] == ["transformers", "ours, keep", "ours, keep, FP8"]
     assert "a loss of the first steps" in found["rows"][1]["beyond"]  # 1e-4 in fp32
     assert found["rows"][2]["beyond"] is None  # 1.5% of the validation loss
+
+
+def test_the_truth_is_transformers_in_fp32(inputs, monkeypatch):
+    of = {("fp32", None): 2.0, ("bf16", None): 2.1, ("bf16", "keep"): 2.01}
+
+    def learned(config, plan, batches, compute):
+        return Learned([of[config.dtype, plan]] * 2, of[config.dtype, plan]), batches
+
+    monkeypatch.setattr(same_learning, "learn", learned)
+    found = compare(config(inputs, dtype="bf16", truth=True))
+    stock, truth, ours = found["rows"]
+    assert truth["who"] == same_learning.TRUTH and "from_fp32" not in truth and "beyond" not in truth
+    assert stock["from_fp32"]["mean_relative_drift"] == pytest.approx(0.05)
+    assert ours["from_fp32"]["validation_drift"] == pytest.approx(0.005) and "the mean of the losses" in ours["beyond"]
+    shown = table(found).split("fp32, the mean of the losses and the validation loss:\n")[1]
+    assert shown.split("\n") == ["  transformers: 5.0000%, +5.0000%", "  ours, keep: 0.5000%, +0.5000%"]
 
 
 def test_splitting_and_packing_change_no_loss(inputs):

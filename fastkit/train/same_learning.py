@@ -10,13 +10,17 @@ A step's loss is the mean over all its target tokens, into however many passes i
 are padded or packed: so runs of other --accumulation or --packed have the same losses too, but for rounding.
 
 Validation is by transformers' own layers, in all: it compares what was learned.
+
+In bf16 transformers rounds itself: peft adds an adapter's output to a projection's that is rounded already, and as long
+as it is less than half a unit in the last place there, it is lost. Ours adds the adapter to the weight before the one
+rounding. --truth runs transformers in fp32 as well, and says how far from that each of the others is.
 """
 
 import json
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +39,7 @@ from fastkit.train.order import LengthGrouped
 from fastkit.train.packing import RowCollator
 
 FIRST = 30  # steps in which fp32 stays together; later, rounding has grown by way of the optimizer
+TRUTH = "transformers, fp32"
 EVERY = 10  # lines of losses printed
 
 
@@ -80,6 +85,7 @@ class SameLearningConfig:
     max_length: int = flag(512, "longest record in tokens; longer ones are cut")
     validation_records: int = flag(64, "records of the validation data to judge by")
     repeat_stock: bool = flag(False, "run transformers a second time: what differs from run to run anyway")
+    truth: bool = flag(False, "run transformers in fp32 too: how far from what it learns are the others")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     seed: int = flag(0, "of the adapters and the order of the records")
     record: str | None = flag(None, "write the losses to data/results under this name")
@@ -233,33 +239,36 @@ def judge(found: dict[str, float], limits: Limits) -> list[str]:
 
 
 def compare(config: SameLearningConfig) -> dict:
-    """{"dtype": of the model, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}."""
+    """{"dtype": of the model, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}; with `truth`
+    each row has the differences from it too, as from_fp32."""
     config.check()
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     if dtype == torch.float16:
         raise FastkitError("this card computes in fp16, which needs loss scaling: take --dtype fp32")
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    contenders = {"transformers": (None, "auto")}
+    contenders = {"transformers": (config, None, "auto")}
+    if config.truth:
+        contenders[TRUTH] = (replace(config, dtype="fp32"), None, "auto")
     if config.repeat_stock:
-        contenders["transformers again"] = (None, "auto")
+        contenders["transformers again"] = (config, None, "auto")
     for compute in config.compute:
         named = ", FP8" if compute == "fp8" else ""
-        contenders |= {f"ours, {plan}{named}": (plan, compute) for plan in config.plan}
-    runs, batches = {}, None
-    for who, (plan, compute) in contenders.items():
+        contenders |= {f"ours, {plan}{named}": (config, plan, compute) for plan in config.plan}
+    runs, rows, batches = {}, [], None
+    for who, (settings, plan, compute) in contenders.items():
         print(f"{who} ...", file=sys.stderr, flush=True)
-        runs[who], batches = learn(config, plan, batches, compute)
+        runs[who], batches = learn(settings, plan, batches, compute)
         drift = differences(runs["transformers"], runs[who])["mean_relative_drift"]
         print(f"  validation loss {runs[who].validation:.6f}, mean drift {drift:.4%}", file=sys.stderr, flush=True)
-    stock = runs["transformers"]
-    rows = []
     for who, run in runs.items():
         row = {"who": who, "validation_loss": run.validation, "first_loss": run.losses[0], "last_loss": run.losses[-1]}
-        if run is not stock:
-            row |= differences(stock, run)
+        if who != "transformers":
+            row |= differences(runs["transformers"], run)
+        if config.truth and who != TRUTH:
+            row["from_fp32"] = differences(runs[TRUTH], run)
         if who.startswith("ours"):
-            limits = LIMITS["fp8" if contenders[who][1] == "fp8" else kind]
-            row["beyond"] = "; ".join(judge(differences(stock, run), limits)) or None
+            limits = LIMITS["fp8" if contenders[who][2] == "fp8" else kind]
+            row["beyond"] = "; ".join(judge(row, limits)) or None
         rows.append(row)
     return {"dtype": kind, "runs": runs, "rows": rows}
 
@@ -280,6 +289,11 @@ def table(found: dict) -> str:
         )
         if "beyond" in row:
             lines.append(f"    {'NOT the same: ' + row['beyond'] if row['beyond'] else 'the same, within limits'}")
+    if TRUTH in runs:
+        lines.append(f"\nbeside {TRUTH}, the mean of the losses and the validation loss:")
+    for row in found["rows"]:
+        if apart := row.get("from_fp32"):
+            lines.append(f"  {row['who']}: {apart['mean_relative_drift']:.4%}, {apart['validation_drift']:+.4%}")
     return "\n".join(lines)
 
 
