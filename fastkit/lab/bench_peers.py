@@ -29,12 +29,14 @@ def peers(op: str, *fixed) -> tuple[dict[str, Callable], dict[str, str]]:
 
 @contextmanager
 def _left_alone() -> Iterator[None]:
-    """Import within, with no warnings about their sources; afterwards the environment, but for unsloth's own variables,
-    is what it was: unsloth sets some that Triton and torch read, such as TRITON_DISABLE_LINE_INFO."""
+    """Import within, with no warnings about their sources, nor unsloth's that it would be imported before transformers,
+    of which it patches nothing here; afterwards the environment, but for unsloth's own variables, is what it was:
+    unsloth sets some that Triton and torch read, such as TRITON_DISABLE_LINE_INFO."""
     before = dict(os.environ)
     with warnings.catch_warnings():
         for kind in (SyntaxWarning, DeprecationWarning):  # of escapes: in Python 3.12, and before
             warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", message=r"\s*WARNING: Unsloth should be imported before")
         try:
             yield
         finally:
