@@ -8,6 +8,7 @@ time; a cell that measures waits until no other cell runs, and others wait for i
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -84,7 +85,7 @@ def execute(notebook: Path, out: Path, turns: Turns) -> str:
 
 
 def adopt(executed: Path, notebook: Path) -> None:
-    """Put outputs, counts and the widgets' state of `executed` into `notebook`.
+    """Put outputs, counts and the state of the widgets that are shown of `executed` into `notebook`.
 
     Raises ValueError if their cells differ, or something was raised.
     """
@@ -97,9 +98,22 @@ def adopt(executed: Path, notebook: Path) -> None:
                 raise ValueError(f"{executed}: a cell raised: {theirs.source[:60]!r}")
             ours.outputs, ours.execution_count = theirs.outputs, theirs.execution_count
     old.metadata.pop("widgets", None)
-    if "widgets" in new.metadata:
-        old.metadata["widgets"] = new.metadata["widgets"]
+    for kind, widgets in new.metadata.get("widgets", {}).items():
+        if shown := shown_widgets(widgets["state"], new.cells):
+            old.metadata["widgets"] = {kind: widgets | {"state": shown}}
     nbformat.write(old, notebook)
+
+
+def shown_widgets(state: dict, cells: list) -> dict:
+    """Of widgets' `state` what outputs show, and what that consists of: not the bars of a progress that is past."""
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    views = [output.get("data", {}).get("application/vnd.jupyter.widget-view+json") for output in outputs]
+    todo, found = [view["model_id"] for view in views if view], {}
+    while todo:
+        if (name := todo.pop()) in state and name not in found:
+            found[name] = state[name]
+            todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[name]))
+    return {name: state[name] for name in state if name in found}
 
 
 def main() -> int:

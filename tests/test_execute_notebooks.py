@@ -4,8 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
-from execute_notebooks import Turns, adopt, execute
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from execute_notebooks import Turns, adopt, execute, shown_widgets
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 MEASURED = """\
 import time
@@ -67,9 +67,31 @@ def test_outputs_of_other_cells_are_refused(tmp_path):
         adopt(executed, path)
 
 
-def test_the_state_of_widgets_comes_with_them(tmp_path):
-    executed, path = written(tmp_path / "a.ipynb", "1", widgets={"new": 1}), written(tmp_path / "b.ipynb", "1")
+def test_the_state_of_the_widgets_that_are_shown_comes_with_them(tmp_path):
+    def widgets(names):
+        return {"of a kind": {"state": {name: {} for name in names}, "version": 2}}
+
+    executed = written(tmp_path / "a.ipynb", "1", widgets=widgets(["shown", "past"]))
+    notebook = nbformat.read(executed, as_version=4)
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "shown"}}
+    notebook.cells[-1].outputs = [new_output("display_data", view)]
+    nbformat.write(notebook, executed)
+    path = written(tmp_path / "b.ipynb", "1")
     adopt(executed, path)
-    assert nbformat.read(path, as_version=4).metadata.widgets == {"new": 1}
+    assert nbformat.read(path, as_version=4).metadata.widgets == widgets(["shown"])
     adopt(written(tmp_path / "c.ipynb", "1"), path)
     assert "widgets" not in nbformat.read(path, as_version=4).metadata
+
+
+def test_of_widgets_what_is_shown_is_kept():
+    state = {
+        "box": {"state": {"children": ["IPY_MODEL_slider"]}},
+        "slider": {"state": {"layout": "IPY_MODEL_wide", "parent": "IPY_MODEL_box"}},
+        "wide": {"state": {}},
+        "progress": {"state": {"layout": "IPY_MODEL_narrow"}},
+        "narrow": {"state": {}},
+    }
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "box"}}
+    cells = [{"cell_type": "markdown"}, {"outputs": [{"data": {"text/plain": "1"}}, {"text": "x"}, {"data": view}]}]
+    assert list(shown_widgets(state, cells)) == ["box", "slider", "wide"]
+    assert shown_widgets(state, cells[:1]) == {}

@@ -2,10 +2,11 @@
 
 import importlib
 import importlib.util
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 
@@ -29,11 +30,11 @@ def peers(op: str, *fixed) -> tuple[dict[str, Callable], dict[str, str]]:
 
 @contextmanager
 def _left_alone() -> Iterator[None]:
-    """Import within, with no warnings about their sources, nor unsloth's that it would be imported before transformers,
-    of which it patches nothing here; afterwards the environment, but for unsloth's own variables, is what it was:
+    """Import within, with no warnings about their sources; with nothing said of what unsloth would patch in
+    transformers, which is not timed here; afterwards the environment, but for unsloth's own variables, is what it was:
     unsloth sets some that Triton and torch read, such as TRITON_DISABLE_LINE_INFO."""
     before = dict(os.environ)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         for kind in (SyntaxWarning, DeprecationWarning):  # of escapes: in Python 3.12, and before
             warnings.simplefilter("ignore", kind)
         warnings.filterwarnings("ignore", message=r"\s*WARNING: Unsloth should be imported before")
