@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ from fastkit.lab.exercises import check, exercises, hint, solution
 from fastkit.lab.exercises.catalog import COURSE, EXERCISES, QUESTIONS
 from fastkit.lab.exercises.question import Question
 from fastkit.lab.measure import Measured
-from fastkit.lab.notebook import show_source, show_step
+from fastkit.lab.notebook import show_source, show_step, table
 
 ROWS = [{"stride": 1, "times": 1.0}, {"stride": 8, "times": 7.5}, {"stride": 8.5, "times": None}]
 SOURCE = "recorded on a card of the test, 2026-11-24"
@@ -202,6 +203,24 @@ def test_steps_show_every_line_and_mark_what_changes():
     after = show_source(copy._coalesced_kernel, copy.launch_coalesced).data.splitlines()
     assert [line[1:] for line in step.splitlines() if line[:1] in " +"] == after
     assert show_step(copy.copy, copy.copy).data == "no line differs"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (18487.001, "18,487"),
+        (-1978.9, "-1,979"),
+        (989.4, "989.4"),
+        (25.0844, "25.084"),
+        (0.0, "0.000"),
+        (math.inf, "inf"),
+        (18487, "18487"),
+        (None, "None"),
+        ("a < b\nc", "a &lt; b<br>c"),
+    ],
+)
+def test_a_table_shows_no_more_digits_than_are_read(value, shown):
+    assert f">{shown}</td>" in table([{"what": value}]).data
 
 
 def test_start_says_lane_place_and_card(capsys, monkeypatch):

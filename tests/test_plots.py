@@ -385,6 +385,11 @@ def test_a_ladder_shows_shares_of_the_limit():
     assert says(beyond, "cuBLAS: 0.5 ms") and says(beyond, "200%")
     check(beyond)
     assert "unknown" in plots.ladder([row("a", None)], SOURCE).headline
+    apart = plots.ladder(
+        [row("less", 0.6), row("a", 2.0), row("b", 1.0), row("it", 0.5)], SOURCE, others=("less", "it")
+    )
+    assert apart.headline == "b reaches 50% of the limit's speed, 2 times faster than a"
+    assert [bool(patch.get_hatch()) for patch in apart.axes[0].patches] == [True, False, False, True]
     for wrong in ([], [row("a", 1.0), row("a", 1.0, size="128")], [row("a", 1.0, floor_ms=None)]):
         with pytest.raises(FastkitError):
             plots.ladder(wrong, SOURCE)

@@ -84,7 +84,7 @@ def test_memory_by_tokens():
     ]
     figure = memory_growth(rows, "measured now on a card of the test", "attention")
     check(figure)
-    assert figure.headline == "Memory for 4,096 tokens: lines does not fit, ours 32.5 MiB"
+    assert figure.headline == "Memory for 4,096 tokens: lines too much, ours 32.5 MiB"
     (axes,) = figure.axes
     lines = {line.get_gid(): list(line.get_xydata()[-1]) for line in axes.lines}
     assert lines == {"way lines": [2048, 256.0], "way ours": [4096, 32.5]}

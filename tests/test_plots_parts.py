@@ -4,7 +4,7 @@ import pytest
 from test_plots import check, texts
 
 from fastkit.errors import FastkitError
-from fastkit.lab.plots.parts import by_part_size, logits_by_parts, stacks
+from fastkit.lab.plots.parts import PARTS, by_part_size, logits_by_parts, stacks
 
 
 def heights(figure, gid):
@@ -40,6 +40,22 @@ def test_bars_are_as_long_as_their_parts():
     widths = {patch.get_gid(): patch.get_width() for patch in figure.axes[0].patches}
     assert widths == {"logits": 2.0, "softmax": 4.0, "a part": 0.25}
     assert "a part 0.25" in texts(figure) and "logits\n2" in texts(figure)
+
+
+def test_a_part_has_one_colour_and_no_other_part_has_it():
+    first = {f"part {n}": 1.0 for n in range(8)}
+    figure = stacks({"first": first, "second": {"of its own": 1.0} | dict(reversed(first.items()))})
+    colours = {}
+    for patch in figure.axes[0].patches:
+        colours.setdefault(patch.get_gid(), set()).add(patch.get_facecolor())
+    assert len(colours) == len(PARTS) == len(set.union(*colours.values()))
+    assert all(len(found) == 1 for found in colours.values())
+
+
+def test_names_with_commas_stay_apart_outside_of_their_bars():
+    figure = stacks({"much": {"x": 100.0, "q, k, v": 2.0, "o": 1.0}, "little": {"q, k, v": 2.0, "a, b": 1.0}})
+    check(figure)
+    assert {"q, k, v 2; o 1", "q, k, v 2; a, b 1"} <= set(texts(figure))
 
 
 @pytest.mark.parametrize("ways", [{}, {"one": {"logits": -1.0}}])

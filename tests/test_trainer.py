@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from matplotlib.text import Text
 from tiny import tiny_data, tiny_model
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -232,6 +233,23 @@ def test_the_plot_marks_the_best_validation():
     assert [line.get_label() for line in axes.lines] == ["training, each step", "training, mean of 10", "validation"]
     assert list(axes.lines[1].get_ydata()) == [2.7, 2.3]
     assert axes.texts[0].get_text() == "2.500"
+
+
+@pytest.mark.parametrize(
+    "validation", [[3.7, 2.8, 2.9, 3.6, 4.2], [3.0, 2.5, 2.0, 1.5, 1.0], [1.0, 1.1, 1.2, 1.3, 1.4]]
+)
+def test_no_line_runs_through_the_best_validation(validation):
+    figure = plot_losses(log([3 - n / 20 for n in range(50)], validation))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    box = Text.get_window_extent(axes.texts[0], figure.canvas.get_renderer())
+    for line in axes.lines:
+        assert not line.get_transform().transform_path(line.get_path()).intersects_bbox(box, filled=False)
+
+
+def test_a_short_run_has_no_mean_in_its_plot():
+    (axes,) = plot_losses(log([5, 4] * 5, [3.0, 2.5])).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training, each step", "validation"]
 
 
 @pytest.mark.parametrize(

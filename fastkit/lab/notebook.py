@@ -100,4 +100,9 @@ def table(rows: list[dict]):
 def _cell(value) -> str:
     import html
 
-    return html.escape(f"{value:,.3f}" if isinstance(value, float) else str(value)).replace("\n", "<br>")
+    return html.escape(_decimals(value) if isinstance(value, float) else str(value)).replace("\n", "<br>")
+
+
+def _decimals(value: float) -> str:
+    """Three digits after the point, but one from 100 on, and none from 1,000 on."""
+    return f"{value:,.{3 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"

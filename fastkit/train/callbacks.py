@@ -188,23 +188,30 @@ class LivePlot(TrainerCallback):
 
 def plot_losses(log_history: list[dict], title: str = ""):
     """A figure of the training and validation losses of a Trainer's log; validation is marked, not only coloured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from fastkit.lab.plots.labels import place
 
     training, validation = curves(log_history)
     figure = Figure(figsize=(7, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)  # which knows how large text is
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), color="0.8", linewidth=0.8, label="training, each step")
         windows = [training[n : n + SMOOTH] for n in range(len(training) % SMOOTH, len(training), SMOOTH)]
         middles = [sum(step for step, _ in window) / SMOOTH for window in windows]
         means = [sum(loss for _, loss in window) / SMOOTH for window in windows]
-        axes.plot(middles, means, color="0.3", linewidth=1.2, label=f"training, mean of {SMOOTH}")
+        if len(windows) > 1:  # a line has two points
+            axes.plot(middles, means, color="0.3", linewidth=1.2, label=f"training, mean of {SMOOTH}")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#0072b2", marker="o", linewidth=2, label="validation")
-        best = min(validation, key=lambda point: point[1])
-        axes.annotate(f"{best[1]:.3f}", best, textcoords="offset points", xytext=(0, 8), ha="center", color="#0072b2")
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token", title=title)
     axes.grid(alpha=0.3)
+    if validation:
+        step, best = min(validation, key=lambda point: point[1])
+        place(figure, axes, [(f"{best:.3f}", step, best)])
+        axes.texts[0].set_color("#0072b2")
     if training or validation:
         axes.legend(frameon=False)
     return figure

@@ -158,7 +158,7 @@ def memory_growth(rows: Sequence[dict], source: str, what: str = "") -> Picture:
 def _growth_headline(ways: dict[str, list[dict]]) -> str:
     longest = max(row["tokens"] for rows in ways.values() for row in rows)
     ends = {who: next((row["mib"] for row in rows if row["tokens"] == longest), None) for who, rows in ways.items()}
-    words = [f"{who} {'does not fit' if mib is None else _mib(mib)}" for who, mib in ends.items()]
+    words = [f"{who} {'too much' if mib is None else _mib(mib)}" for who, mib in ends.items()]  # who may be plural
     return f"Memory for {longest:,} tokens: {', '.join(words)}"
 
 

@@ -89,6 +89,7 @@ def trade(series: Mapping[str, Mapping[int, tuple[float, float]]], headline: str
                 str(blocksize), (bits, error), textcoords="offset points", fontsize=9, color=GREY, gid="size", **beside
             )
     low, high = axes.get_ylim()
+    low -= 0.05 * (high - low)  # for the label below the lowest point
     axes.set(xlabel="bits a weight, scales included", ylabel="error", ylim=(low, high))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.1%}")
     axes.legend(loc="upper right", fontsize=9)

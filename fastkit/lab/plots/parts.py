@@ -1,5 +1,6 @@
 """The loss without the logits: its matrices a part at a time, what is alive at its peak, what a part's size costs."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from fastkit.errors import FastkitError
@@ -26,6 +27,7 @@ from fastkit.lab.plots.paper import (
 ROWS, HIDDEN, VOCABULARY = 8192, 4096, 32000  # Mistral-7B's, of 4 sequences of 2,048 tokens
 MIB = 2**20
 GAP = 2600  # between matrices, in numbers
+PARTS = (*TINTS, "#C4E8D5", "#EFD0E2", "#FBF3A6", "#F4B896", "#93B9DC")  # behind black text, one after another
 
 
 @picture
@@ -74,6 +76,8 @@ def logits_by_parts(step: int = 3, parts: int = 8) -> Picture:
 def stacks(ways: Mapping[str, Mapping[str, float]], unit: str = "GiB at the peak", caption: str = "") -> Picture:
     """What each way's whole is made of: {way: {part: amount}}, a bar of its parts one after another.
 
+    A part has one colour in all bars, and no other part has it: up to nine of them.
+
     unit     of the amounts: its first word labels the axis
     caption  where the numbers come from
 
@@ -87,19 +91,22 @@ def stacks(ways: Mapping[str, Mapping[str, float]], unit: str = "GiB at the peak
     headline += f"; {last}: {totals[last]:.3g}" if last != most else ""
     figure, axes = sheet(headline, 0.9 + 0.62 * len(ways), caption=caption)
     reach = totals[most] or 1.0
+    names = dict.fromkeys(name for parts in ways.values() for name in parts)
+    tints = dict(zip(names, itertools.cycle(PARTS)))
     for y, parts in enumerate(ways.values()):
         x, small = 0.0, []
-        for number, (name, size) in enumerate(parts.items()):
-            box(axes, x, y - 0.18, size, 0.5, name, facecolor=TINTS[number % len(TINTS)], edgecolor=INK)
+        for name, size in parts.items():
+            box(axes, x, y - 0.18, size, 0.5, name, facecolor=tints[name], edgecolor=INK)
             if size > 0.012 * reach * max(8, len(name)):
                 axes.text(x + size / 2, y + 0.07, f"{name}\n{size:.3g}", ha="center", va="center", fontsize=9)
             elif size:
                 small.append(f"{name} {size:.2g}")
             x += size
+        words = "; ".join(small)  # a part's name may have commas
         if small and x < 0.7 * reach:
-            axes.text(x + 0.01 * reach, y + 0.07, ", ".join(small), va="center", fontsize=9)
+            axes.text(x + 0.01 * reach, y + 0.07, words, va="center", fontsize=9)
         elif small:
-            axes.text(reach, y + 0.36, ", ".join(small), ha="right", va="top", fontsize=9)
+            axes.text(reach, y + 0.36, words, ha="right", va="top", fontsize=9)
     axes.set(xlim=(0, 1.02 * reach), ylim=(len(ways) - 0.25, -0.5), xlabel=unit.split()[0])
     axes.set_yticks([y + 0.07 for y in range(len(ways))], list(ways))
     axes.tick_params(axis="y", length=0)

@@ -6,6 +6,7 @@ from fastkit.errors import FastkitError
 from fastkit.lab.plots.paper import BAD, EMPTY, GOOD, GREY, Picture, picture, sheet
 
 ONE_LINE = 84  # characters of a headline full of digits, which are wide
+CHARACTER = 0.01  # of the axes' width, that a label's character takes at most
 AS_GOOD_AS = 0.20  # the model's answer is called near where it is no further off, relatively
 
 
@@ -26,12 +27,14 @@ def prediction(mine: float | None, model: float, value: float | None, unit: str,
         headline = headline.replace("; measured", ";\nmeasured")
     figure, axes = sheet(headline, 1.55, caption=source if value is not None else "")
     reach = max(abs(number) for _, number, _ in bars if number is not None) or 1.0
+    low, high = min(0.0, *(1.25 * number for _, number, _ in bars if number is not None)), 1.25 * reach
     for y, (what, number, look) in enumerate(bars):
         axes.barh(y, number or 0, height=0.6, gid=f"bar {what}", **look)
         words = _words(number, unit) if number is not None else "nothing yet" if what == "you said" else "not yet"
-        axes.text(max(number or 0, 0) + 0.01 * reach, y, words, va="center", color="black" if number else GREY)
-    low = min(0.0, *(number for _, number, _ in bars if number is not None))
-    axes.set(xlim=(1.25 * low, 1.25 * reach), ylim=(2.5, -0.5), xlabel=unit)
+        start, width = max(number or 0, 0) + 0.01 * reach, min(CHARACTER * len(words), 0.5)
+        axes.text(start, y, words, va="center", color="black" if number else GREY)
+        high = max(high, (start - low * width) / (1 - width))  # where these words end
+    axes.set(xlim=(low, high), ylim=(2.5, -0.5), xlabel=unit)
     axes.set_yticks(range(3), [what for what, _, _ in bars])
     axes.tick_params(axis="y", length=0)
     return figure

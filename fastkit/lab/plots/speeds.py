@@ -1,7 +1,7 @@
 """How fast against what could be: the roofline, a ladder's rungs beside the limit, predictions beside counters."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,13 +175,17 @@ def _slope(figure, axes) -> float:
 
 
 @picture
-def ladder(rows: Sequence[dict], source: str, rungs: Iterable = (), limit: tuple[str, float] | None = None) -> Picture:
+def ladder(
+    rows: Sequence[dict], source: str, rungs: Iterable = (), limit: tuple[str, float] | None = None,
+    others: Collection[str] = (),
+) -> Picture:  # fmt: skip
     """Each rung of a ladder by the share of the limit's speed that it reaches, others beside it.
 
     rows    of one operation and size, as of fastkit.lab.bench: dicts of who, median_ms, floor_ms; also of rate and unit
     source  caption(result) of a recorded result, or which card measured it now
     rungs   the ladder's RUNGS, whose ideas stand under their names; rows of others are hatched
     limit   (what it is, milliseconds): by default what the declared cost takes at the card's measured speed
+    others  who else is no rung, doing something else than the limit counts or being the limit: not in the headline
 
     Raises FastkitError for no rows, rows of several operations, or without a limit.
     """
@@ -193,15 +197,15 @@ def ladder(rows: Sequence[dict], source: str, rungs: Iterable = (), limit: tuple
     if not floor_ms or not floor_ms > 0:
         raise FastkitError(f"the limit takes {floor_ms} ms: give limit=(what it is, milliseconds above 0)")
     ideas = {rung.name: rung.idea for rung in rungs}
+    others = {row["who"] for row in rows if row["who"] in others or (ideas and row["who"] not in ideas)}
     shares = [floor_ms / row["median_ms"] if row.get("median_ms") else None for row in rows]
     what = " ".join(str(part) for part in next(iter(kinds)) if part is not None)
     step = 0.62 if ideas else 0.4
-    figure, axes = sheet(_ladder_headline(rows, shares, ideas), 0.85 + step * len(rows), what, source)
+    figure, axes = sheet(_ladder_headline(rows, shares, others), 0.85 + step * len(rows), what, source)
     reach = max(1.0, *(share or 0 for share in shares))
     for y, (row, share) in enumerate(zip(rows, shares, strict=True)):
         who = row["who"]
-        ours = not ideas or who in ideas
-        look = GOOD if ours else {**BAD, "facecolor": FAINT}
+        look = {**BAD, "facecolor": FAINT} if who in others else GOOD
         axes.barh(y, share or 0, height=0.34 if ideas else 0.6, gid=f"bar {who}", **look)
         axes.text((share or 0) + 0.008 * reach, y, _bar_label(row, share), va="center", fontsize=9, bbox=PLATE)
         if ideas.get(who):
@@ -237,10 +241,8 @@ def _bar_label(row: dict, share: float | None) -> str:
     )
 
 
-def _ladder_headline(rows, shares, ideas) -> str:
-    ours = [
-        (share, row) for share, row in zip(shares, rows, strict=True) if share and (not ideas or row["who"] in ideas)
-    ]
+def _ladder_headline(rows, shares, others) -> str:
+    ours = [(share, row) for share, row in zip(shares, rows, strict=True) if share and row["who"] not in others]
     if not ours:
         return "Every rung's time is unknown"
     share, best = max(ours, key=lambda one: one[0])
