@@ -19,6 +19,7 @@ import torch
 
 SLACK = 8 * torch.finfo(torch.float32).eps
 LUCK = 1.05
+KINDS = ("largest", "mean")
 WIDEST = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # more than torch's, of the truth
 
 
@@ -27,12 +28,16 @@ def assert_as_close_as_torch(ours, theirs, truth, name: str = "result", scale: t
     assert_draws_as_close_as_torch([(ours, theirs, truth, name, scale)])
 
 
-def assert_draws_as_close_as_torch(draws) -> None:
-    """The same of several draws of (ours, theirs, truth, name, scale), of what they err by on average."""
+def assert_draws_as_close_as_torch(draws, kinds=KINDS) -> None:
+    """The same of several draws of (ours, theirs, truth, name, scale): of the average of their largest errors, and of
+    the mean of all; or of one of the two."""
     found = [_errors(*draw) for draw in draws]
     ours, _, _, name, *_ = draws[0]
-    for kind, luck in (("largest", LUCK), ("mean", 1.0)):
-        error, their_error, room, _ = torch.tensor([one[kind] for one in found], dtype=torch.float64).mean(0).tolist()
+    counts = torch.tensor([draw[0].numel() for draw in draws], dtype=torch.float64)
+    for kind in kinds:
+        weights, luck = {"largest": (torch.ones_like(counts), LUCK), "mean": (counts, 1.0)}[kind]
+        all_of_them = torch.tensor([one[kind] for one in found], dtype=torch.float64)
+        error, their_error, room, _ = (weights @ all_of_them / weights.sum().clamp(min=1)).tolist()
         allowed = luck * their_error + SLACK * room
         assert error <= allowed, f"{name}: {kind} error {error:.3e}, torch's {their_error:.3e}, allowed {allowed:.3e}"
         for error, their_error, _, size in (one[kind] for one in found if len(found) > 1):
@@ -46,7 +51,7 @@ def _errors(ours, theirs, truth, name, scale):
     assert ours.dtype == theirs.dtype, f"{name}: ours is in {ours.dtype}, torch's in {theirs.dtype}"
     assert ours.shape == theirs.shape == truth.shape, f"{name}: {ours.shape}, {theirs.shape}, {truth.shape}"
     if truth.numel() == 0:
-        return dict.fromkeys(("largest", "mean"), (0.0, 0.0, 0.0, 0.0))
+        return dict.fromkeys(KINDS, (0.0, 0.0, 0.0, 0.0))
     ours, theirs, truth = (tensor.detach().cpu().double() for tensor in (ours, theirs, truth))
     scale = truth if scale is None else scale.cpu()
     assert truth.isfinite().all() and theirs.isfinite().all(), f"{name}: torch's own result is no yardstick"
