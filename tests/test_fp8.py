@@ -188,7 +188,8 @@ def layer_inputs(B=2, T=13, dtype=torch.float32, device="cpu"):
 def check_layer(model, x, dy, plan="keep", mask=None):
     """Errors of y and x are of what the halves add to the residual stream; a gradient sees up to seven products.
 
-    Returns, by name, what is beside the emulation: (ours, the emulation), both less the stream.
+    Returns the largest error beside the emulation: sums in another order, but where one such error is enough to round a
+    number to its other FP8 neighbour.
     """
     ours = run_layer(fused(model, plan, "fp8"), x, dy, mask)
     emulating = fused(model, plan)
@@ -198,27 +199,27 @@ def check_layer(model, x, dy, plan="keep", mask=None):
     plain = run_layer(fused(model, plan), x, dy, mask)
     truth = run_layer(in_float64(model), x.double(), dy.double(), mask)
     assert ours.keys() == truth.keys()
-    beside = {}
+    apart = []
     for name in truth:
         stream = {"y": x, "x": dy}.get(name, torch.zeros(())).double()
-        beside[name] = ours[name].double() - stream, emulation[name].double() - stream
+        within = 0.01 if x.dtype == torch.float32 else 0.1  # rounding to bfloat16 before FP8 moves some numbers there
+        apart.append(error(ours[name].double() - stream, emulation[name].double() - stream))
+        assert apart[-1] <= within, name
         found = error(ours[name].double() - stream, truth[name] - stream)
         assert ours[name].dtype == plain[name].dtype
         assert 1e-3 < found <= 0.25, f"{name}: {found:.3f}"
         assert found > error(plain[name].double() - stream, truth[name] - stream), f"{name} is not in FP8"
-    return beside
+    return max(apart)
 
 
-def assert_as_emulated(model, **shape):
-    """Sums in another order, but where one such error is enough to round a number to its other FP8 neighbour: within 1%
-    over three draws, of adapters too, and one of them, in which there is none, within 1e-4."""
-    draws = []
+def assert_as_emulated(model, B=2, T=39):
+    """In one of three draws, of adapters too, no number falls to its other neighbour. Of the tokens there are enough
+    that one which does is not much of them all."""
+    apart = []
     for _ in range(3):
         give_b(model)
-        draws.append(check_layer(model, *layer_inputs(**shape)))
-    for name in draws[0]:
-        assert error(*(torch.stack(side) for side in zip(*(draw[name] for draw in draws), strict=True))) <= 0.01, name
-    assert any(all(error(*sides) <= 1e-4 for sides in draw.values()) for draw in draws)
+        apart.append(check_layer(model, *layer_inputs(B, T)))
+    assert min(apart) <= 1e-4
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -237,9 +238,7 @@ def test_a_layer_on_a_gpu(folder, fresh_seed, arch, plan):
     model = model_of(folder, arch, device="cuda", dtype="bf16", **WINDOWED.get(arch, {}))
     x, dy = layer_inputs(T=151, dtype=torch.bfloat16, device="cuda")
     # a small stream, lest its rounding count for more than what a layer adds
-    beside = check_layer(model, x / 4, dy, plan, window_mask(arch, 151, "cuda"))
-    for name, sides in beside.items():  # rounding to bfloat16 before FP8 moves some numbers there
-        assert error(*sides) <= 0.1, name
+    check_layer(model, x / 4, dy, plan, window_mask(arch, 151, "cuda"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
