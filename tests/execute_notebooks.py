@@ -100,7 +100,7 @@ def adopt(executed: Path, notebook: Path) -> None:
     old.metadata.pop("widgets", None)
     for kind, widgets in new.metadata.get("widgets", {}).items():
         if shown := shown_widgets(widgets["state"], new.cells):
-            old.metadata["widgets"] = {kind: widgets | {"state": shown}}
+            old.metadata.setdefault("widgets", {})[kind] = widgets | {"state": shown}
     nbformat.write(old, notebook)
 
 
@@ -108,10 +108,10 @@ def shown_widgets(state: dict, cells: list) -> dict:
     """Of widgets' `state` what outputs show, and what that consists of: not the bars of a progress that is past."""
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     views = [output.get("data", {}).get("application/vnd.jupyter.widget-view+json") for output in outputs]
-    todo, found = [view["model_id"] for view in views if view], {}
+    todo, found = [view["model_id"] for view in views if view], set()
     while todo:
         if (name := todo.pop()) in state and name not in found:
-            found[name] = state[name]
+            found.add(name)
             todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[name]))
     return {name: state[name] for name in state if name in found}
 

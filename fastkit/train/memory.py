@@ -26,9 +26,8 @@ def growing_segments() -> None:
     Told by torch's function, which counts whenever it is called; torch reads the variable once, and may have done so.
     """
     given = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
-    if sys.platform != "linux" or not torch.cuda.is_available():
-        return
-    if any("expandable_segments" in value for value in given.values()):
+    told = any("expandable_segments" in value for value in given.values())
+    if told or sys.platform != "linux" or not torch.cuda.is_available():
         return
     name, others = next(iter(given.items()), (ALLOCATOR[0], ""))
     os.environ[name] = settings = ",".join(filter(None, (others, "expandable_segments:True")))
