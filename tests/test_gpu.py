@@ -1,5 +1,7 @@
 """The fine-tune on a GPU: dtypes, kernels in the model, paged optimizers, resume, out of memory."""
 
+import gc
+
 import pytest
 import torch
 from stopping import stop_at_a_checkpoint
@@ -45,6 +47,7 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(inputs, tmp_path, optimiz
 
 def test_out_of_memory_says_what_to_do(inputs, tmp_path):
     run = FineTune(**inputs, output=str(tmp_path / "run"), samples=0, facts=False).prepare()
+    gc.collect()  # as training does: what other tests have left would make room
     torch.cuda.empty_cache()
     reserved, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(reserved / total)

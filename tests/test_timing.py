@@ -1,6 +1,7 @@
 """Timing: what it does in which order and what it makes of the times, on a clock of our own; real times on a GPU."""
 
 import itertools
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -42,9 +43,9 @@ def clock(monkeypatch):
     class ColdCache:
         us = 10.0
 
-        def make(self, passes):
-            clock.log.append(f"cold {passes}")
-            clock.ms += passes * self.us / 1e3
+        def make(self, passes, wait_us):
+            clock.log += [f"wait {wait_us:.0f}"] * bool(wait_us) + [f"cold {passes}"]
+            clock.ms += (passes * self.us + wait_us) / 1e3
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -58,7 +59,7 @@ def test_a_steady_function(clock):
     found = time_ms(clock.work("f", 2.0))
     assert found.median_ms == found.p20_ms == found.p80_ms == pytest.approx(2)
     assert found.noise_ms == pytest.approx(0, abs=1e-9) and found.launch_us == pytest.approx(1000)
-    assert found.runs == 2 * int(50 / (2.0 + 0.01 * 50))  # half of 100 ms a series, with 50 passes of 10 us before each
+    assert found.runs == 2 * int(50 / (2.0 + 2.0))  # half of 100 ms a series, before each twice the host's millisecond
     assert median_ms(clock.work("f", 0.5)) == pytest.approx(0.5)
 
 
@@ -82,9 +83,16 @@ def test_the_cache_is_made_cold_before_each_run_and_longer_than_the_host_takes(c
     assert last[::2] == ["cold 10"] * 10 and last[1::2] == ["f"] * 10
 
 
+def test_a_long_head_start_is_a_wait_and_not_many_launches(clock):
+    time_ms(clock.work("f", 2.0))  # the host: 1,000 us, twice which is more than 50 passes of 10 us
+    assert clock.log[-6:] == ["wait 1500", "cold 50", "f"] * 2
+    time_ms(clock.work("g", 500.0))
+    assert clock.log[-6:] == ["wait 99500", "cold 50", "g"] * 2  # a tenth of a second, no longer
+
+
 def test_inputs_rotate_alike_in_both_series(clock):
     found = time_ms([clock.work("a", 1.0), clock.work("b", 3.0)])
-    runs = [name for name in clock.log if not name.startswith("cold")]
+    runs = [name for name in clock.log if not name.startswith(("cold", "wait"))]
     assert runs[-8:] in (["a", "a", "b", "b"] * 2, ["b", "b", "a", "a"] * 2)
     assert found.noise_ms == pytest.approx(0, abs=1e-9) and found.p20_ms == 1 and found.p80_ms == 3
 
@@ -93,7 +101,7 @@ def test_contenders_take_turns(clock):
     rows = compare({"ours": clock.work("ours", 1.0), "theirs": clock.work("theirs", 1.5)})
     assert [row["who"] for row in rows] == ["ours", "theirs"]
     assert rows[0]["verdict"] == "fastest" and rows[1]["verdict"] == "1.50 times the fastest"
-    runs = [name for name in clock.log if not name.startswith("cold")]
+    runs = [name for name in clock.log if not name.startswith(("cold", "wait"))]
     first = len(runs) - sum(row["runs"] for row in rows)
     for some in (runs[first : first + 20], runs[-20:]):
         counted = Counter(some)
@@ -169,6 +177,16 @@ class TestOnTheGpu:
         functions, _, _ = copies
         rows = compare({"one": functions[0], "the same": functions[1]})
         assert {row["who"] for row in rows} == {"one", "the same"} and "fastest" in {row["verdict"] for row in rows}
+
+    def test_a_host_that_takes_long_is_not_timed(self, copies):
+        functions, _, _ = copies
+
+        def slowly():
+            functions[0]()
+            time.sleep(0.05)
+            functions[0]()
+
+        assert median_ms(slowly) < 25  # two copies of 16 MiB, not the host's 50 ms
 
     def test_a_launch(self):
         assert timing.launch_overhead_us() > 0

@@ -13,6 +13,8 @@ EVENT_RESOLUTION_MS = 0.0005  # CUDA's documentation of cudaEventElapsedTime
 AMD_CACHE_MIB = 256  # MI300X's Infinity Cache, behind the L2 that the driver reports
 MAX_RUNS = 500  # of one series
 HEAD_START = 2.0  # times the host's part of a run that the GPU is kept busy before it
+MOST_PASSES = 50  # over the cache; more of a head start is a wait: the host gets no more than 1,024 launches ahead
+LONGEST_HEAD_START_US = 1e5  # of a function that waits for the GPU itself, none is long enough
 
 Functions = Callable | Sequence[Callable]
 
@@ -39,9 +41,9 @@ class Timing:
 def time_ms(functions: Functions, warmup_ms: float = 25, repeat_ms: float = 100, graphed: bool = False) -> Timing:
     """Time a function, or several in turn that do the same on other inputs (rotation), on the current device.
 
-    Before each run a buffer of twice the L2 cache is zeroed, as often as the host needs to get ahead of the GPU, so
-    that inputs come from memory and no launch is waited for. `graphed` replays a CUDA graph of many copies and divides:
-    for kernels of a few microseconds; caches are then warm.
+    Before each run a buffer of twice the L2 cache is zeroed, as often as the host needs to get ahead of the GPU (which,
+    if that is long, waits besides), so that inputs come from memory and no launch is waited for. `graphed` replays a
+    CUDA graph of many copies and divides: for kernels of a few microseconds; caches are then warm.
 
     Raises FastkitError without a GPU: a CPU's time says nothing of a kernel.
     """
@@ -138,7 +140,7 @@ def _is_due(turn: int, runs: int, turns: int) -> bool:
 
 
 class _ColdCache:
-    """Zeroes twice the L2 cache, which drives out what was there."""
+    """Zeroes twice the L2 cache, which drives out what was there; before it, the GPU may be told to wait."""
 
     def __init__(self):
         cache = torch.cuda.get_device_properties(None).L2_cache_size
@@ -147,8 +149,12 @@ class _ColdCache:
         self.buffer = torch.empty(2 * cache, dtype=torch.int8, device="cuda")
         self.buffer.zero_()
         self.us = 1e3 * _event_ms(self.buffer.zero_, 20)
+        torch.cuda._sleep(1)  # loads it
+        self.cycles_per_us = 1e6 / (1e3 * _event_ms(lambda: torch.cuda._sleep(10**6), 1))
 
-    def make(self, passes: int) -> None:
+    def make(self, passes: int, wait_us: float) -> None:
+        if wait_us:
+            torch.cuda._sleep(int(wait_us * self.cycles_per_us))  # a kernel that watches the clock
         for _ in range(passes):
             self.buffer.zero_()
 
@@ -173,8 +179,9 @@ class _Contender:
         calls = max(1, min(20, int(20 / max(self.ms, 1e-3))))
         self.launch_us = _host_us(self.call, calls)
         host_us = _host_us(self._between_events, calls)  # events too take their time, which an empty kernel does not
-        # not without end, should the function wait for the GPU itself
-        self.passes = max(1, min(50, math.ceil(HEAD_START * host_us / max(cold.us, 1.0))))
+        head_start = min(HEAD_START * host_us, LONGEST_HEAD_START_US)
+        self.passes = max(1, min(MOST_PASSES, math.ceil(head_start / max(cold.us, 1.0))))
+        self.wait_us = max(0.0, head_start - self.passes * cold.us)
 
     def _capture(self) -> None:
         """A graph of about a millisecond, every function in it as often as any other."""
@@ -206,14 +213,15 @@ class _Contender:
 
     def runs_in(self, repeat_ms: float) -> int:
         """Runs of one series, in half of `repeat_ms`; at least 3."""
-        return max(3, min(MAX_RUNS, int(repeat_ms / 2 / (self.ms + self.passes * self.cold.us / 1e3))))
+        head_start_ms = (self.passes * self.cold.us + self.wait_us) / 1e3
+        return max(3, min(MAX_RUNS, int(repeat_ms / 2 / (self.ms + head_start_ms))))
 
     def run(self, series: list) -> None:
-        series.append(self._between_events(len(series), self.passes))  # both series rotate alike
+        series.append(self._between_events(len(series), self.passes, self.wait_us))  # both series rotate alike
 
-    def _between_events(self, turn: int = 0, passes: int = 0) -> tuple:
+    def _between_events(self, turn: int = 0, passes: int = 0, wait_us: float = 0.0) -> tuple:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cold.make(passes)
+        self.cold.make(passes, wait_us)
         start.record()
         self.call(turn)
         end.record()

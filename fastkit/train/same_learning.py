@@ -240,7 +240,7 @@ def judge(found: dict[str, float], limits: Limits) -> list[str]:
 
 def compare(config: SameLearningConfig) -> dict:
     """{"dtype": of the model, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}; with `truth`
-    each row has the differences from it too, as from_fp32."""
+    each row has the differences from it too, their names ending in _from_fp32."""
     config.check()
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     if dtype == torch.float16:
@@ -265,7 +265,7 @@ def compare(config: SameLearningConfig) -> dict:
         if who != "transformers":
             row |= differences(runs["transformers"], run)
         if config.truth and who != TRUTH:
-            row["from_fp32"] = differences(runs[TRUTH], run)
+            row |= {f"{name}_from_fp32": value for name, value in differences(runs[TRUTH], run).items()}
         if who.startswith("ours"):
             limits = LIMITS["fp8" if contenders[who][2] == "fp8" else kind]
             row["beyond"] = "; ".join(judge(row, limits)) or None
@@ -292,8 +292,9 @@ def table(found: dict) -> str:
     if TRUTH in runs:
         lines.append(f"\nbeside {TRUTH}, the mean of the losses and the validation loss:")
     for row in found["rows"]:
-        if apart := row.get("from_fp32"):
-            lines.append(f"  {row['who']}: {apart['mean_relative_drift']:.4%}, {apart['validation_drift']:+.4%}")
+        if "mean_relative_drift_from_fp32" in row:
+            mean, validation = row["mean_relative_drift_from_fp32"], row["validation_drift_from_fp32"]
+            lines.append(f"  {row['who']}: {mean:.4%}, {validation:+.4%}")
     return "\n".join(lines)
 
 
