@@ -348,3 +348,11 @@ def test_on_a_gpu(model, capsys):
     assert stages["forward", "products"]["floor_ms"] > 0 and ("gaps", "other") in stages
     assert ("unknown", "other") not in stages
     assert any(note.startswith("floor: ") for note in found["notes"])
+
+
+@pytest.mark.gpu
+def test_a_step_of_a_graph_is_profiled_launched(model):
+    changes = dict(device="cuda", graphs=True, steps=4, warmup=3)
+    rows = carry_out(settings(model, **changes))["stages"]
+    assert isinstance(rows, list), rows
+    assert ("forward", "products") in {(row["stage"], row["part"]) for row in rows}

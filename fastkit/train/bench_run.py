@@ -1,5 +1,6 @@
 """A contender of `fastkit bench train` at work: its steps, timed, and the memory that they take."""
 
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -81,6 +82,13 @@ class Run:
         self.synchronize()
         return time.perf_counter() - start, loss.item()
 
+    def launch(self) -> None:
+        """From here on, kernel by kernel: in a graph's replay nothing tells what a kernel belongs to."""
+        if self.graphs is not None:
+            self.graphs = None
+            gc.collect()
+            torch.cuda.empty_cache()  # of what the graph worked in
+
     def link(self) -> dict:
         """What joins several GPUs, and how fast they add up 256 MiB: GB/s that each sends (NCCL's bus bandwidth)."""
         if self.settings.processes == 1 or self.device.type != "cuda":
@@ -141,8 +149,10 @@ def measure(settings: Settings) -> dict:
         **run.link(),
     }
     try:
-        alone = settings.who == "ours" and settings.processes == 1 and not settings.graphs
-        found = stages(run, batches, PROFILED) if alone else None
+        found = None
+        if settings.who == "ours" and settings.processes == 1:
+            run.launch()
+            found = stages(run, batches, PROFILED)
     except (RuntimeError, FastkitError) as error:  # a GPU that may not be profiled, memory that does not suffice
         found = first_line(error)
     return {"row": row, "stages": found}
