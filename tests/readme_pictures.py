@@ -177,6 +177,34 @@ def _contender(row: dict) -> str:
     return ", ".join([f"fastkit, plan `{name}`", *([f"budget {budget}"] if budget else []), *(words[m] for m in more)])
 
 
+def short_passes(result: dict) -> str:
+    each = []
+    for row in steps(result):
+        who = _contender(row) if row["plan"] else PEERS[row["who"]][0]
+        speed = f"{row['median_ms']:.0f} ms, {row['tokens_per_second']:,.0f} tokens/s"
+        each.append(f"{who}: {speed} in {row['peak_allocated_gib']:.2f} GiB")
+    return f"* Steps of 1×512 tokens, in which the GPU waits for Python ({_link(result)}): {'; '.join(each)}."
+
+
+def same_learning(first: dict) -> str:
+    """All runs of `fastkit bench learning` of the same card, of which `first` is one."""
+    names = sorted(path.stem for path in RESULTS.glob("learning_*_h200.json"))
+    rows = []
+    for result in map(recorded, names):
+        run = {row["who"]: row for row in result["rows"] if row["what"] == "run"}
+        stock, ours, fp8 = (run[who] for who in ("transformers", "ours, keep", "ours, keep, FP8"))
+        flags = re.search(r"--rank (\S+) --learning-rate (\S+)", result["command"])
+        cells = [ours["mean_relative_drift"], stock["mean_relative_drift_from_fp32"]]
+        cells += [ours["mean_relative_drift_from_fp32"]]
+        shown = [f"{value:.2%}" for value in cells]
+        shown += [f"{row['validation_drift']:+.2%}" for row in (ours, fp8)]
+        rows.append([f"rank {flags[1]}, rate {flags[2]} ({_link(result)})", *shown])
+    steps = sum(row["what"] == "loss" for row in first["rows"])
+    heads = [f"SmolLM2-135M, {steps} steps in bf16: how far losses are apart, on average", "ours from transformers"]
+    heads += ["transformers from its fp32", "ours from that fp32", "validation loss", "in FP8"]
+    return table(heads, rows)
+
+
 def several_cards(result: dict) -> str:
     one, *more = (row for row in result["rows"] if row["what"] == "step")
     each = [
@@ -185,7 +213,7 @@ def several_cards(result: dict) -> str:
         for row in more
     ]
     return (
-        f"* Several of them joined by {more[0]['link']}, under DDP with as many tokens on each ({_link(result)}): "
+        f"* Several such cards joined by {more[0]['link']}, under DDP with as many tokens on each ({_link(result)}): "
         f"{'; '.join(each)}."
     )
 
@@ -259,6 +287,8 @@ def _link(result: dict) -> str:
 
 TABLES = {
     "train_h200": training,
+    "small_h200": short_passes,
+    "learning_r64_lr2e-4_h200": same_learning,
     "four_h200": several_cards,
     "two_70b_h200": sharded,
     "mistral_7b_4x2048": commands,
