@@ -1,12 +1,16 @@
 """--graphs: a fine-tune whose passes are launched as CUDA graphs."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from stopping import stop_at_a_checkpoint
 from test_trainer import inputs, train  # noqa: F401  a fixture
 
 from fastkit.errors import FastkitError
+from fastkit.models import graphs
 from fastkit.train.config import FinetuneConfig
-from fastkit.train.finetune import finetune
+from fastkit.train.finetune import FineTune, finetune
 from fastkit.train.packing import RowCollator
 
 
@@ -25,10 +29,10 @@ def test_graphs_need_fused_layers_and_packed_rows(flags):
         FinetuneConfig(graphs="on", **flags).check()
 
 
-@pytest.mark.parametrize("graphs", ["on", "auto"])
-def test_where_a_run_cannot_be_captured(inputs, tmp_path, references, graphs):  # noqa: F811
-    settings = dict(graphs=graphs, plan="keep", packing="on", kernels="on", steps=1)
-    if graphs == "auto":
+@pytest.mark.parametrize("wanted", ["on", "auto"])
+def test_where_a_run_cannot_be_captured(inputs, tmp_path, references, wanted):  # noqa: F811
+    settings = dict(graphs=wanted, plan="keep", packing="on", kernels="on", steps=1)
+    if wanted == "auto":
         assert not train(inputs, tmp_path / "run", **settings)["graphs"]
         return
     with pytest.raises(FastkitError, match="--graphs on: a step of this model cannot be captured: it is not on a GPU"):
@@ -36,11 +40,38 @@ def test_where_a_run_cannot_be_captured(inputs, tmp_path, references, graphs):  
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "captured"),
+    [
+        ({}, True),
+        ({"graphs": "off"}, False),
+        ({"packing": "off"}, False),
+        ({"private": True}, False),
+        ({"max_length": 4096}, False),  # 7e9 parameters, 2.9e13 in all
+        ({"max_length": 4096, "graphs": "on"}, True),
+        ({"max_length": 4096, "compute": "fp8"}, True),
+        ({"max_length": 8192, "compute": "fp8"}, False),
+    ],
+)
+def test_small_passes_are_captured(monkeypatch, changes, captured):
+    monkeypatch.setattr(graphs, "lacking", lambda model: "")
+    base = SimpleNamespace(num_parameters=lambda: 7e9)
+    run = SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base), dtype=torch.bfloat16)
+    run.config = FinetuneConfig(**{"packing": "on", "batch_size": 1, "max_length": 2048, **changes})
+    assert FineTune._captures(run) == captured
+    run.dtype = torch.float16
+    if run.config.graphs == "on":
+        with pytest.raises(FastkitError, match="cannot be captured: its losses are scaled"):
+            FineTune._captures(run)
+    else:
+        assert not FineTune._captures(run)
+
+
 @pytest.mark.gpu
 def test_a_run_by_graphs_learns_the_same(inputs, tmp_path):  # noqa: F811
     settings = dict(device="cuda", plan="keep", packing="on", max_length=128, batch_size=1, accumulation=2, steps=8)
-    apart = train(inputs, tmp_path / "apart", **settings)
-    captured = train(inputs, tmp_path / "captured", graphs="on", **settings)
+    apart = train(inputs, tmp_path / "apart", graphs="off", **settings)
+    captured = train(inputs, tmp_path / "captured", **settings)  # as of itself, for it is small
     assert captured["graphs"] and not apart["graphs"] and captured["tokens"] == apart["tokens"]
     for name in ("losses", "validation_losses"):
         ours, theirs = ([loss for _, loss in run[name]] for run in (captured, apart))

@@ -60,7 +60,7 @@ class FinetuneConfig:
         "rows, so more records, and an epoch fewer steps; auto: where layers are fused on a GPU",
     )
     graphs: Literal["auto", "on", "off"] = flag(
-        "off",
+        "auto",
         "launch forward and backward as one CUDA graph, for passes so small that the GPU waits for Python: fused "
         "layers, packed rows, one process; auto: where that is so",
     )

@@ -264,10 +264,13 @@ class FineTune:
             why = "leave --gradient_checkpointing to its plan"
         if not why and config.private:
             why = "--private overwrites memory that a graph holds on to"
+        if not why and self.dtype == torch.float16:
+            why = "its losses are scaled by what changes from step to step, in fp16"
         if why and wanted == "on":
             raise FastkitError(f"--graphs on: a step of this model cannot be captured: {why}")
         tokens, parameters = config.batch_size * config.max_length, self.model.get_base_model().num_parameters()
-        return not why and (wanted == "on" or tokens * parameters <= graphs.SMALL)
+        small = graphs.SMALL * (2 if config.compute == "fp8" else 1)  # which works half as long on what is launched
+        return not why and (wanted == "on" or tokens * parameters <= small)
 
     def _collator(self, captured: bool) -> data.Collator:
         pad = self.tokenizer.pad_token_id
@@ -292,7 +295,7 @@ class FineTune:
         size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer)
         size |= dict(dtype=self.dtype, compute=config.compute)
         if plan == "auto":
-            how = dict(rates=budget.rates(self.device, self.dtype), captured=config.graphs != "off")
+            how = dict(rates=budget.rates(self.device, self.dtype), captured=self._captures())
             chosen = budget.choose(self.model, self._budget(), **size, **how)
             set_plan(self.model, chosen.plans)
         else:
