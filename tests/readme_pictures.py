@@ -238,11 +238,11 @@ def commands(result: dict) -> str:
 def learning(result: dict) -> str:
     row = {row["what"]: row for row in result["rows"]}
     facts, loss = row["canary facts known, of 24, asked in other words"], row["validation loss"]
-    steps, seconds = (row[what]["after"] for what in ("optimizer steps of 16 records", "seconds of training"))
+    steps, seconds = (row[what]["after"] for what in ("optimizer steps", "seconds of training"))
     return (
         f"* SmolLM2-135M learns 24 facts that no model can know, asked in other words than in training "
-        f"({_link(result)}): {facts['before']} right answers before, {facts['after']} after {steps} steps of 16 "
-        f"records, {seconds:.0f} s of training. By then it has learned by heart, and the validation loss has risen "
+        f"({_link(result)}): {facts['before']} right answers before, {facts['after']} after {steps} "
+        f"steps, {seconds:.0f} s of training. By then it has learned by heart, and the validation loss has risen "
         f"from {loss['before']:.2f} to {loss['after']:.2f}."
     )
 
@@ -292,7 +292,7 @@ TABLES = {
     "four_h200": several_cards,
     "two_70b_h200": sharded,
     "mistral_7b_4x2048": commands,
-    "canary_smollm2": learning,
+    "17_canary": learning,
     "kernels_h200": kernel_times,
     "tracer_h200": proof,
 }
