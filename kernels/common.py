@@ -10,9 +10,22 @@ from dataclasses import dataclass
 
 import torch
 
+
+def with_scalar_index(patch):
+    """Triton 3.6's interpreter takes an array of one number for a scalar, which NumPy refuses from 2.4 on: `patch`, its
+    `_patch_lang_tensor`, with the __index__ of later Tritons."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    return patched
+
+
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 except ImportError as error:
 
@@ -35,6 +48,8 @@ else:
     TRITON_MISSING = ""
     if INTERPRETED and not isinstance(tl.sum, InterpretedFunction):
         raise ImportError("TRITON_INTERPRET=1 was set after Triton had been imported: restart Python and set it first")
+    if INTERPRETED:
+        interpreter._patch_lang_tensor = with_scalar_index(interpreter._patch_lang_tensor)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 
 from fastkit.errors import FastkitError
+from fastkit.kernels.common import with_scalar_index
 from fastkit.lab.gluon_interpreter import interpreted
 from fastkit.lab.launches import Parcel
 from fastkit.lab.layouts import LINE, SECTOR, LinearLayout, Requests, Traffic, traffic
@@ -109,11 +110,7 @@ def _run(kernel, arguments, grid, programs, recorder, budget: float) -> list[tup
     def no_dot(self, a, b, d, *rest, **named):  # addresses do not hang on products, which take most of the time
         return d.clone()
 
-    def patch_tensor(tensor, scope):
-        known(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))  # for 3.6 with numpy >= 2.4
-
-    known = interpreter._patch_lang_tensor
+    patch_tensor = with_scalar_index(interpreter._patch_lang_tensor)
     fn = kernel.rewrite()
     constants = {name for name, kind in inspect.get_annotations(fn).items() if "constexpr" in str(kind)}
     patches = {"create_masked_load": recorded_load, "create_masked_store": recorded_store, "create_dot": no_dot}

@@ -34,6 +34,7 @@ def start(interpret: bool = True) -> str:
         if "triton.language" in sys.modules:
             raise FastkitError("Triton was imported before start(): restart the notebook's kernel and run from the top")
         os.environ["TRITON_INTERPRET"] = "1"
+        import fastkit.kernels.common  # noqa: F401  mends what Triton 3.6's interpreter lacks, for kernels of yours too
     print(_here(gpu, interpret))
     return "gpu" if gpu else "cpu"
 
