@@ -188,19 +188,17 @@ def short_passes(result: dict) -> str:
 
 def same_learning(first: dict) -> str:
     """All runs of `fastkit bench learning` of the same card, of which `first` is one."""
-    names = sorted(path.stem for path in RESULTS.glob("learning_*_h200.json"))
     rows = []
-    for result in map(recorded, names):
+    for path in sorted(RESULTS.glob("learning_*_h200.json")):
+        result = recorded(path.stem)
         run = {row["who"]: row for row in result["rows"] if row["what"] == "run"}
         stock, ours, fp8 = (run[who] for who in ("transformers", "ours, keep", "ours, keep, FP8"))
-        flags = re.search(r"--rank (\S+) --learning-rate (\S+)", result["command"])
-        cells = [ours["mean_relative_drift"], stock["mean_relative_drift_from_fp32"]]
-        cells += [ours["mean_relative_drift_from_fp32"]]
-        shown = [f"{value:.2%}" for value in cells]
-        shown += [f"{row['validation_drift']:+.2%}" for row in (ours, fp8)]
-        rows.append([f"rank {flags[1]}, rate {flags[2]} ({_link(result)})", *shown])
-    steps = sum(row["what"] == "loss" for row in first["rows"])
-    heads = [f"SmolLM2-135M, {steps} steps in bf16: how far losses are apart, on average", "ours from transformers"]
+        rank, rate = re.search(r"--rank (\S+) --learning-rate (\S+)", result["command"]).groups()
+        drifts = [ours["mean_relative_drift"], *(each["mean_relative_drift_from_fp32"] for each in (stock, ours))]
+        shown = [f"{drift:.2%}" for drift in drifts] + [f"{each['validation_drift']:+.2%}" for each in (ours, fp8)]
+        rows.append([f"rank {rank}, rate {rate} ({_link(result)})", *shown])
+    count = sum(row["what"] == "loss" for row in first["rows"])
+    heads = [f"SmolLM2-135M, {count} steps in bf16: how far losses are apart, on average", "ours from transformers"]
     heads += ["transformers from its fp32", "ours from that fp32", "validation loss", "in FP8"]
     return table(heads, rows)
 
