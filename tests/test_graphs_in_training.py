@@ -8,7 +8,7 @@ from stopping import stop_at_a_checkpoint
 from test_trainer import inputs, train  # noqa: F401  a fixture
 
 from fastkit.errors import FastkitError
-from fastkit.models import graphs
+from fastkit.models import attend, graphs
 from fastkit.train.config import FinetuneConfig
 from fastkit.train.finetune import FineTune, finetune
 from fastkit.train.packing import RowCollator
@@ -55,16 +55,21 @@ def test_where_a_run_cannot_be_captured(inputs, tmp_path, references, wanted):  
 )
 def test_small_passes_are_captured(monkeypatch, changes, captured):
     monkeypatch.setattr(graphs, "lacking", lambda model: "")
+    monkeypatch.setattr(attend, "architecture", lambda device: device)
     base = SimpleNamespace(num_parameters=lambda: 7e9)
-    run = SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base), dtype=torch.bfloat16)
+    run = SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base), dtype=torch.bfloat16, device="sm_90")
     run.config = FinetuneConfig(**{"packing": "on", "batch_size": 1, "max_length": 2048, **changes})
     assert FineTune._captures(run) == captured
-    run.dtype = torch.float16
-    if run.config.graphs == "on":
-        with pytest.raises(FastkitError, match="cannot be captured: its losses are scaled"):
-            FineTune._captures(run)
-    else:
-        assert not FineTune._captures(run)
+    for run.device, run.dtype, why in (
+        ("sm_90", torch.float16, "its losses are scaled"),
+        ("sm_90", torch.float32, "attention in float32 is torch's on this card"),
+        ("sm_75", torch.bfloat16, "attention in bfloat16 is torch's on this card"),
+    ):
+        if run.config.graphs == "on":
+            with pytest.raises(FastkitError, match=f"cannot be captured: {why}"):
+                FineTune._captures(run)
+        else:
+            assert not FineTune._captures(run)
 
 
 @pytest.mark.gpu

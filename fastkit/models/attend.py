@@ -155,6 +155,11 @@ def _backend(q, k, v, options: Attend) -> str:
         return choose(*inputs, scale=options.scale, timed=False, among=("cudnn", "flash", "ours"))
 
 
+def asks_for_ends(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention of packed rows on a GPU is torch's (see `_backend`), which waits to read where they end."""
+    return bool(lacking(architecture(device), dtype))
+
+
 def _by_torch(q, k, v, options: Attend) -> torch.Tensor:
     if options.packed is None:
         return attention(q, k, v, True, options.window, options.scale)
