@@ -58,6 +58,17 @@ def test_names_with_commas_stay_apart_outside_of_their_bars():
     assert {"q, k, v 2; o 1", "q, k, v 2; a, b 1"} <= set(texts(figure))
 
 
+def test_many_small_parts_take_several_lines_beside_their_bars():
+    small = {f"the part of number {n}": 1.0 for n in range(9)}
+    figure = stacks({"a long one": {"x": 400.0} | small, "a short one": {"x": 150.0} | small})
+    check(figure)
+    below, beside = (text.get_text().split("\n") for text in figure.axes[0].texts if text.get_gid() == "small")
+    assert len(below) == 2 and len(beside) > 2 and all("number" in line for line in beside)
+    assert "; ".join(line.rstrip(";") for line in below) == "; ".join(f"{name} 1" for name in small)
+    axes = figure.axes[0].get_window_extent()
+    assert axes.width > 0.8 * figure.get_window_extent().width  # not made small by what stands beside
+
+
 @pytest.mark.parametrize("ways", [{}, {"one": {"logits": -1.0}}])
 def test_no_parts_are_no_picture(ways):
     with pytest.raises(FastkitError, match="at least one way"):

@@ -7,8 +7,9 @@ attention, elementwise (norms, RoPE but for a dq that attention turns back as it
 takes it too), quantizing (to FP8, in passes of its own); and other. On a GPU a kernel counts where it was launched, for
 as long as it ran, however late; what it runs beside the main stream (copies to and from the host) is told apart. What
 is left of the step as it was timed, without the profiler, are gaps, in which the GPU waits for work. Kernels of a CUDA
-graph are not told apart: such a step is profiled launched, and its gaps are of the graph. On a CPU the time itself is
-divided.
+graph are not told apart: such a step is profiled launched. There the GPU rests between kernels, and one at its power
+limit clocks higher after a rest: what is left of a graph's step is that (H200: 45 ms of 446). On a CPU the time itself
+is divided.
 
 The floor of a stage's part is its least work, nothing computed again, at the card's measured rates: products at
 cuBLAS's rate in that dtype, all else by the bytes of its kernel's declared cost at the speed of a copy; attention as

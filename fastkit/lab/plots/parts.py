@@ -1,6 +1,7 @@
 """The loss without the logits: its matrices a part at a time, what is alive at its peak, what a part's size costs."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from fastkit.errors import FastkitError
@@ -26,6 +27,7 @@ from fastkit.lab.plots.paper import (
 
 ROWS, HIDDEN, VOCABULARY = 8192, 4096, 32000  # Mistral-7B's, of 4 sequences of 2,048 tokens
 MIB = 2**20
+LETTERS = 120  # as wide as the bars of `stacks`
 GAP = 2600  # between matrices, in numbers
 PARTS = (*TINTS, "#C4E8D5", "#EFD0E2", "#FBF3A6", "#F4B896", "#93B9DC")  # behind black text, one after another
 
@@ -89,28 +91,40 @@ def stacks(ways: Mapping[str, Mapping[str, float]], unit: str = "GiB at the peak
     most, last = max(totals, key=totals.get), list(totals)[-1]
     headline = f"{most}: {totals[most]:.3g} {unit}"
     headline += f"; {last}: {totals[last]:.3g}" if last != most else ""
-    figure, axes = sheet(headline, 0.9 + 0.62 * len(ways), caption=caption)
     reach = totals[most] or 1.0
+    drawn = {way: _small(parts, totals[way], reach) for way, parts in ways.items()}
+    lines = max(len(words) for words, _ in drawn.values())
+    figure, axes = sheet(headline, 0.9 + (0.62 + 0.2 * max(0, lines - 1)) * len(ways), caption=caption)
     names = dict.fromkeys(name for parts in ways.values() for name in parts)
     tints = dict(zip(names, itertools.cycle(PARTS)))
-    for y, parts in enumerate(ways.values()):
-        x, small = 0.0, []
+    for y, (way, parts) in enumerate(ways.items()):
+        x, (words, beside) = 0.0, drawn[way]
         for name, size in parts.items():
             box(axes, x, y - 0.18, size, 0.5, name, facecolor=tints[name], edgecolor=INK)
-            if size > 0.012 * reach * max(8, len(name)):
+            if _holds_its_name(name, size, reach):
                 axes.text(x + size / 2, y + 0.07, f"{name}\n{size:.3g}", ha="center", va="center", fontsize=9)
-            elif size:
-                small.append(f"{name} {size:.2g}")
             x += size
-        words = "; ".join(small)  # a part's name may have commas
-        if small and x < 0.7 * reach:
-            axes.text(x + 0.01 * reach, y + 0.07, words, va="center", fontsize=9)
-        elif small:
-            axes.text(reach, y + 0.36, words, ha="right", va="top", fontsize=9)
+        if beside:
+            axes.text(x + 0.01 * reach, y + 0.07, "\n".join(words), va="center", fontsize=9, gid="small")
+        else:
+            axes.text(reach, y + 0.36, "\n".join(words), ha="right", va="top", fontsize=9, gid="small")
     axes.set(xlim=(0, 1.02 * reach), ylim=(len(ways) - 0.25, -0.5), xlabel=unit.split()[0])
     axes.set_yticks([y + 0.07 for y in range(len(ways))], list(ways))
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _holds_its_name(name: str, size: float, reach: float) -> bool:
+    return size > 0.012 * reach * max(8, len(name))
+
+
+def _small(parts: Mapping[str, float], total: float, reach: float) -> tuple[list[str], bool]:
+    """(lines that name the parts too small for it, whether beside their bar, else below it)"""
+    small = {name: size for name, size in parts.items() if size and not _holds_its_name(name, size, reach)}
+    each = "; ".join(f"{name} {size:.2g}".replace(" ", "\N{NO-BREAK SPACE}") for name, size in small.items())
+    beside = total < 0.7 * reach
+    lines = textwrap.wrap(each, int(LETTERS * (1 - total / reach)) if beside else LETTERS)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines], beside
 
 
 @picture
