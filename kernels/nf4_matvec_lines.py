@@ -25,6 +25,8 @@ What is left: an SM's shared memory moves 128 bytes a clock, and a turn of a war
 clocks, 64 of them for looking up, 32 for the words to arrive and be read; an H200's memory takes 113. There 14336 x
 4096 and one row in bfloat16 take 12.5 us from a graph (15.3, 12.7, 13.7 with depths of 1, 3, 4); bitsandbytes 38.8,
 nf4_matvec's own kernel 33.2. Launched alone 18.5, and a kernel that only reads the bytes 9.6; at a copy's speed 7.2.
+Nsight Compute, launched alone: shared memory moves something in 59% of the clocks, the schedulers issue in 45% and DRAM
+answers in 42%, start and tail counted in; the table and 87 registers leave 16 warps to an SM.
 
 Casts: CODE * SCALE is rounded to fp16; absmax, sums and products of both are fp32; y is rounded once.
 """
