@@ -36,7 +36,9 @@ WIDE = """() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].flatMap(
 STATE = """() => ({
     ran: [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent.trim()),
     errors: [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"], '
-        + '[data-mime-type="application/vnd.jupyter.stderr"]')].map(output => output.textContent.slice(0, 300)),
+        + '[data-mime-type="application/vnd.jupyter.stderr"]')].map(output => output.textContent)
+        .filter(text => !text.trim().split('\\n').every(line => line.startsWith('warning: ')))  // which are meant
+        .map(text => text.slice(0, 300)),
 })"""
 
 
