@@ -146,6 +146,23 @@ def test_the_command(inputs, tmp_path, capsys, monkeypatch):
     assert len(json.loads(capsys.readouterr().out)["losses"]["transformers"]) == 2
 
 
+def test_what_is_broken_off_leaves_the_runs_before(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(same_learning, "record", lambda *args: results.record(*args, folder=tmp_path))
+    monkeypatch.setattr(same_learning, "resolve_device", lambda device="cpu": torch.device("cpu"))
+    learn = same_learning.learn
+
+    def interrupted(config, plan, *rest):
+        if plan is not None:
+            raise KeyboardInterrupt
+        return learn(config, plan, *rest)
+
+    monkeypatch.setattr(same_learning, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        same_learning.run(config(inputs, steps=2, truth=True, record="trial"), "fastkit bench learning")
+    rows = results.load(tmp_path / "trial.json")["rows"]
+    assert [row["who"] for row in rows if row["what"] == "run"] == ["transformers", same_learning.TRUTH]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -19,7 +19,7 @@ rounding. --truth runs transformers in fp32 as well, and says how far from that 
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -238,9 +238,12 @@ def judge(found: dict[str, float], limits: Limits) -> list[str]:
     ]
 
 
-def compare(config: SameLearningConfig) -> dict:
+def compare(config: SameLearningConfig, after_each: Callable[[dict], None] = lambda found: None) -> dict:
     """{"dtype": of the model, "runs": {who: Learned}, "rows": a summary of each run beside transformers'}; with `truth`
-    each row has the differences from it too, their names ending in _from_fp32."""
+    each row has the differences from it too, their names ending in _from_fp32.
+
+    after_each    called with what there is after each run
+    """
     config.check()
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     if dtype == torch.float16:
@@ -254,23 +257,31 @@ def compare(config: SameLearningConfig) -> dict:
     for compute in config.compute:
         named = ", FP8" if compute == "fp8" else ""
         contenders |= {f"ours, {plan}{named}": (config, plan, compute) for plan in config.plan}
-    runs, rows, batches = {}, [], None
+    runs, batches = {}, None
     for who, (settings, plan, compute) in contenders.items():
         print(f"{who} ...", file=sys.stderr, flush=True)
         runs[who], batches = learn(settings, plan, batches, compute)
         drift = differences(runs["transformers"], runs[who])["mean_relative_drift"]
         print(f"  validation loss {runs[who].validation:.6f}, mean drift {drift:.4%}", file=sys.stderr, flush=True)
+        limits = {who: LIMITS["fp8" if contenders[who][2] == "fp8" else kind] for who in runs if who.startswith("ours")}
+        found = {"dtype": kind, "runs": runs, "rows": _summary(runs, limits)}
+        after_each(found)
+    return found
+
+
+def _summary(runs: dict[str, Learned], limits: dict[str, Limits]) -> list[dict]:
+    """A row for each run; those of which there are limits say what is beyond them."""
+    rows = []
     for who, run in runs.items():
         row = {"who": who, "validation_loss": run.validation, "first_loss": run.losses[0], "last_loss": run.losses[-1]}
         if who != "transformers":
             row |= differences(runs["transformers"], run)
-        if config.truth and who != TRUTH:
+        if TRUTH in runs and who != TRUTH:
             row |= {f"{name}_from_fp32": value for name, value in differences(runs[TRUTH], run).items()}
-        if who.startswith("ours"):
-            limits = LIMITS["fp8" if contenders[who][2] == "fp8" else kind]
-            row["beyond"] = "; ".join(judge(row, limits)) or None
+        if who in limits:
+            row["beyond"] = "; ".join(judge(row, limits[who])) or None
         rows.append(row)
-    return {"dtype": kind, "runs": runs, "rows": rows}
+    return rows
 
 
 def table(found: dict) -> str:
@@ -304,18 +315,28 @@ def run(config: SameLearningConfig, command: str) -> int:
         raise FastkitError(
             f"--record names the GPU of this machine, not --device {config.device}: leave out one of both"
         )
-    found = compare(config)
+    recorded = None
+
+    def keep(found: dict) -> None:
+        nonlocal recorded
+        if config.record:
+            recorded = record(config.record, _as_rows(found), command)
+
+    found = compare(config, after_each=keep)
     runs = found["runs"]
     if config.json:
         losses = {who: run.losses for who, run in runs.items()}
         print(json.dumps({"config": asdict(config), "card": card(), "rows": found["rows"], "losses": losses}))
     else:
         print(f"{card(resolve_device(config.device))['name']}, {found['dtype']}, {config.model}\n{table(found)}")
-    if config.record:
-        each_step = enumerate(zip(*(run.losses for run in runs.values()), strict=True), 1)
-        rows = [{"what": "run", **row} for row in found["rows"]]
-        rows += [{"what": "loss", "step": n, **dict(zip(runs, losses, strict=True))} for n, losses in each_step]
-        path = record(config.record, rows, command)
-        if not config.json:
-            print(f"\nrecorded in {path}")
+    if recorded and not config.json:
+        print(f"\nrecorded in {recorded}")
     return int(any(row.get("beyond") for row in found["rows"]))
+
+
+def _as_rows(found: dict) -> list[dict]:
+    """What `compare` gave, to be recorded: a row for each run, one for each step."""
+    runs = found["runs"]
+    each_step = enumerate(zip(*(run.losses for run in runs.values()), strict=True), 1)
+    rows = [{"what": "run", **row} for row in found["rows"]]
+    return rows + [{"what": "loss", "step": n, **dict(zip(runs, losses, strict=True))} for n, losses in each_step]
