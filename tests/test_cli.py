@@ -1,5 +1,6 @@
 """The command line, and every bad input: one line with the value and the remedy, exit code 2, nothing overwritten."""
 
+import gc
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny_data, tiny_model
 
-from fastkit.cli import main
+from fastkit.cli import _loading, main
 from fastkit.errors import FastkitError
 from fastkit.train import run_folder
 
@@ -314,3 +315,16 @@ def test_generate_refuses(tmp_path, capsys):
     ):
         assert main(["generate", *flags]) == 2
         assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_garbage_is_searched_for_as_before_once_all_is_loaded(searched):
+    before = gc.isenabled()
+    (gc.enable if searched else gc.disable)()
+    try:
+        with pytest.raises(ImportError), _loading():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == searched
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -5,6 +5,7 @@ A crash is seen from outside, by the exit code and the traceback that faulthandl
 
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ def main(folder: Path) -> None:
     exercise = find(request["exercise"])
     if not isinstance(exercise, Function):
         import fastkit.lab.exercises.trial  # noqa: F401  Triton, which is not the answer's to import
+    gc.enable()
     torch.set_num_threads(1)
     if request["device"] == "cpu":
         _limit()
@@ -90,10 +92,13 @@ def _limit_time(seconds: float, folder: Path) -> threading.Event:
     return done
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The process, which begins without Python's search for garbage: see `process.START`."""
     folder = Path(sys.argv[1])
     try:
         main(folder)
     except Exception:
         (folder / "failed").touch()  # it is the checker that failed, not the answer
         raise
+    finally:
+        gc.freeze()
