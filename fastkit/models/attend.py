@@ -146,7 +146,7 @@ def _backend(q, k, v, options: Attend) -> str:
     "torch" is the reference on the CPU and, for what our kernels do not take (fp32; GPUs before sm_80), torch's
     attention on a GPU. Nothing is kept for its backward, which runs the forward again.
     """
-    if not on_triton("attention", "q", q) or lacking(architecture(q.device), q.dtype):
+    if not on_triton("attention", "q", q) or is_torchs(q.device, q.dtype):
         return "torch"
     if q.device.type != "cuda" or options.window is not None or options.packed is not None or q.shape[-1] % 8:
         return "ours"
@@ -155,8 +155,8 @@ def _backend(q, k, v, options: Attend) -> str:
         return choose(*inputs, scale=options.scale, timed=False, among=("cudnn", "flash", "ours"))
 
 
-def asks_for_ends(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention of packed rows on a GPU is torch's (see `_backend`), which waits to read where they end."""
+def is_torchs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernels are not for `device` and `dtype`. Packed rows then wait for the host to read their ends."""
     return bool(lacking(architecture(device), dtype))
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 from fastkit.errors import FastkitError
 from fastkit.lab.device import card, has_triton, peak_gib, reset_peak, versions
 from fastkit.models import add_lora, budget, graphs, load
-from fastkit.models.attend import asks_for_ends
+from fastkit.models.attend import is_torchs
 from fastkit.models.chat import answer
 from fastkit.models.estimate import estimate, parse_bytes
 from fastkit.models.load import resolve_device, resolve_dtype
@@ -267,7 +267,7 @@ class FineTune:
             why = "--private overwrites memory that a graph holds on to"
         if not why and self.dtype == torch.float16:
             why = "its losses are scaled by what changes from step to step, in fp16"
-        if not why and asks_for_ends(self.device, self.dtype):
+        if not why and is_torchs(self.device, self.dtype):
             dtype = str(self.dtype).removeprefix("torch.")
             why = f"attention in {dtype} is torch's on this card, which is told by the host where packed records end"
         if why and wanted == "on":

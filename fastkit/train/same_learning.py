@@ -257,13 +257,17 @@ def compare(config: SameLearningConfig, after_each: Callable[[dict], None] = lam
     for compute in config.compute:
         named = ", FP8" if compute == "fp8" else ""
         contenders |= {f"ours, {plan}{named}": (config, plan, compute) for plan in config.plan}
+    limits = {
+        who: LIMITS["fp8" if compute == "fp8" else kind]
+        for who, (_, plan, compute) in contenders.items()
+        if plan is not None
+    }
     runs, batches = {}, None
     for who, (settings, plan, compute) in contenders.items():
         print(f"{who} ...", file=sys.stderr, flush=True)
         runs[who], batches = learn(settings, plan, batches, compute)
         drift = differences(runs["transformers"], runs[who])["mean_relative_drift"]
         print(f"  validation loss {runs[who].validation:.6f}, mean drift {drift:.4%}", file=sys.stderr, flush=True)
-        limits = {who: LIMITS["fp8" if contenders[who][2] == "fp8" else kind] for who in runs if who.startswith("ours")}
         found = {"dtype": kind, "runs": runs, "rows": _summary(runs, limits)}
         after_each(found)
     return found
