@@ -42,7 +42,7 @@ def test_what_is_kept_is_what_the_estimate_says(folder, references, plan, arch):
     expected = shape.kept(M, PLANS[plan])[0] * shape.layers
     assert here + away == expected
     if PLANS[plan].offload:
-        assert here <= shape.in_flight(M, PLANS[plan]) and away > 0
+        assert here <= shape.in_flight(M, PLANS[plan], PLANS[plan])[0] and away > 0
     del loss
 
 
@@ -177,12 +177,12 @@ def test_what_is_no_amount_is_refused(text):
 
 @pytest.mark.parametrize("compute", ["auto", "fp8"])
 def test_the_peak_is_what_the_estimate_says(folder, compute, monkeypatch):
-    """Counted on meta tensors, of a step in bf16 on Hopper whose attention's backward is ours."""
+    """Counted on meta tensors, of a captured step in bf16 on Hopper whose attention's backward is ours."""
     monkeypatch.setattr(gated_product, "architecture", lambda device: "sm_90")
     sizes = dict(hidden_size=512, intermediate_size=1792, head_dim=128, num_key_value_heads=1, num_hidden_layers=3)
     model, ids = model_of(folder, "mistral", dtype="bf16", **sizes), torch.zeros(2, 512, dtype=torch.long)
     expected = {
-        plan: estimate.estimate(model, [PLANS[plan]] * 3, *ids.shape, "adamw", torch.bfloat16, compute)
+        plan: estimate.estimate(model, [PLANS[plan]] * 3, *ids.shape, "adamw", torch.bfloat16, compute, captured=True)
         for plan in PLANS
     }
     frozen, trained = model_bytes(model)
@@ -194,7 +194,7 @@ def test_the_peak_is_what_the_estimate_says(folder, compute, monkeypatch):
                 model(input_ids=ids.to("meta"), labels=ids.to("meta"), use_cache=False).loss.backward()
             unpatch(model)
             model.zero_grad()
-            found = live.peak + frozen + trained
+            found = live.peak + frozen + 2 * trained  # and the buffer of the gradients
             peak = expected[plan].peak - expected[plan].parts["optimizer"]
             assert abs(found - peak) <= 0.02 * found, plan
 

@@ -95,16 +95,17 @@ def device_bytes(shape: Shape, M: int, plan: Plan) -> int:
     """Bytes on the device that all layers together need under `plan`."""
     may, stays = shape.kept(M, plan)
     held = (stays + (0 if plan.offload else may)) * shape.layers
-    return held + shape.in_flight(M, plan) + shape.transient(M, plan)
+    return held + sum(shape.backward(M, plan, plan))
 
 
 def choose(
     model: nn.Module, budget: int, batch: int, length: int, optimizer: str, dtype: torch.dtype,
     rates: tuple[float, float] = (MATRIX_RATE, LINK_RATE), compute: str = "auto", captured: bool = False,
+    buffered: bool = False, accumulated: bool = False,
 ) -> Estimate:  # fmt: skip
     """The fastest plans, one a layer, whose step of `batch` x `length` tokens fits into `budget` bytes.
 
-    rates   of `rates`: operations a second, bytes a second to the host; compute: of `patch`; captured: as a CUDA graph
+    rates   of `rates`: operations a second, bytes a second to the host; the rest as in `estimate`
 
     Returns their Estimate, `plans` in it. Raises FastkitError, with the least that would do, if none fits.
     """
@@ -115,7 +116,7 @@ def choose(
     room = int(budget * fraction)
 
     def of(plans: list[Plan]) -> Estimate:
-        return estimate(model, plans, batch, length, optimizer, dtype, compute)
+        return estimate(model, plans, batch, length, optimizer, dtype, compute, captured, buffered, accumulated)
 
     leanest = of([front[-1]] * shape.layers)
     if leanest.peak > room:

@@ -22,10 +22,13 @@ backward of attention, cuDNN's say, is counted wherever `attend.in_place` does n
 rows in FP8, too.
 
 Kept over a step, beside the layers: the embeddings' output is the first layer's x; the last norm's input and output,
-the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's backward, with those of
-the layers below it; and the forward of one that offloads.
+the loss's dx. The peak is the largest of: the loss, with all layers' tensors kept; each layer's forward and backward,
+with those of the layers below it; and the optimizer's step, where all gradients are there twice, once as the one tensor
+that it takes (`train/flat.py`). A layer's adapters are there a second time, rounded to the 16 bits that products take,
+from its forward to the end of its backward, and then its gradients are.
 
-An estimate is of torch's allocations. What the allocator reserves beyond (a few percent), and CUDA's own context
+An estimate is of torch's allocations, cuBLAS's workspaces included: one for the thread that goes forward and one for
+autograd's. What the allocator reserves beyond (a few percent), and CUDA's own context
 (some 0.5 GiB, outside of what torch counts), come on top.
 """
 
@@ -43,6 +46,7 @@ from fastkit.models.bnb import bnb
 from fastkit.models.plans import Plan
 from fastkit.models.shapes import head_dim
 
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "loss")
 BLOCK = 512  # bytes: torch's allocator rounds up to it
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw": 0.0, "paged_adamw8bit": 0.0}  # a parameter
 SMALLEST_8BIT = 4096  # parameters: bitsandbytes keeps the state of smaller tensors in fp32
@@ -102,13 +106,26 @@ class Shape:
         lse = 4 * M * self.heads if plan.attention else 0
         return M * numbers * self.itemsize + self.of_mlp(M, plan), lse + 8 * M  # and rstd of both norms, in fp32
 
-    def in_flight(self, M: int, plan: Plan) -> int:
-        """Bytes of what is offloaded that are on the device at a time: what two halves kept, on their way or in use."""
-        layers = 1 if plan.attention else 2  # where one half of a layer keeps for both
-        return self.kept(M, plan)[0] * layers if plan.offload else 0
+    def in_flight(self, M: int, plan: Plan, before: Plan | None) -> tuple[int, int]:
+        """Bytes of what is offloaded that are on the device in a layer's backward: its MLP's, and its attention's.
+
+        That is what the half kept, and what the half before it did, which is on its way; before: the plan of the layer
+        below. At the loss as much is there as in the backward of the last MLP.
+        """
+        own = self.kept(M, plan)[0] if plan.offload else 0
+        below = 0
+        if before is not None and before.offload:
+            below = self.of_mlp(M, before) if before.attention else self.kept(M, before)[0]
+        if not plan.attention:  # one half keeps for both
+            return own + below, own + below
+        return own, own - (self.of_mlp(M, plan) if plan.offload else 0) + below
 
     def transient(self, M: int, plan: Plan) -> int:
         """The most bytes that a layer's backward holds beside what was kept."""
+        return max(self._transients(M, plan))
+
+    def _transients(self, M: int, plan: Plan) -> tuple[int, int]:
+        """That of the MLP's backward, and of the attention's."""
         K, Q, N, s = self.hidden, self.queries, self.keys, self.itemsize
         m = -(-M // plan.chunks)
         mlp = self._mlp(m, plan.gate_up, plan.holds)
@@ -124,7 +141,12 @@ class Shape:
             mlp += qkv + o + M * K * s
         if not plan.offload:  # what the MLP kept is gone by then
             attention -= self.of_mlp(M, plan)
-        return max(mlp, attention) + M * K * s  # dy
+        dy = M * K * s
+        return mlp + dy, attention + dy
+
+    def backward(self, M: int, plan: Plan, before: Plan | None) -> tuple[int, int]:
+        """(in_flight, bytes beside what was kept) of the half that needs most."""
+        return max(zip(self.in_flight(M, plan, before), self._transients(M, plan), strict=True), key=sum)
 
     def attending(self, M: int) -> int:
         """Bytes of what attention's backward has for itself: a sum for dq in fp32; torch's has dq, dk and dv, too, and
@@ -140,8 +162,9 @@ class Shape:
         numbers = (self.hidden if plan.attention else 0) + (2 * self.intermediate if plan.gate_up else 0)
         return M * numbers * self.itemsize
 
-    def leaving(self, M: int, plan: Plan) -> tuple[int, int]:
-        """(bytes of what is offloaded that are on the device in the MLP's forward, the most bytes beside them).
+    def forward(self, M: int, plan: Plan, before: Plan | None) -> tuple[int, int]:
+        """(bytes of what is offloaded that are on the device in the forward of a layer's MLP, the most bytes beside
+        these and what the layer holds).
 
         What the MLP before kept is on its way out, and what the attention kept is yet to go.
         """
@@ -149,13 +172,15 @@ class Shape:
         m, qkv = -(-M // plan.chunks), self.queries + 2 * self.keys
         unwritten = self.gated and not plan.gate_up  # a comes in place of gate and up
         hidden = m * I * s * (1 if unwritten else 2)
-        before = M * K * s + (hidden if plan.gate_up else 0)
+        leaving = 0
+        if before is not None and before.offload:
+            leaving = M * (K + (2 * I if before.gate_up else 0)) * s
         own = M * (K + (self.queries if plan.attention else 0) + (qkv if plan.qkv else 0)) * s
         gate_up = (m * K + 2 * I * K) * self.factor + hidden
         down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
         most = max(gate_up, down, 0 if unwritten else hidden + m * I * self.factor)
         most += M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
-        return before + own, most + M * K * s  # and the embeddings, which transformers holds while it goes forward
+        return (leaving + own, most) if plan.offload else (leaving, most - self.of_mlp(M, plan))
 
     def _mlp(self, m: int, kept: bool, holds: bool) -> int:
         """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not, W_gu held or not."""
@@ -173,7 +198,7 @@ class Shape:
 class Estimate:
     """Bytes of a training step, by part, and its peak: their sum.
 
-    parts       "weights", "adapters", "gradients", "optimizer", "activations", "workspace", "loss", in bytes
+    parts       of PARTS, in bytes
     host        bytes of pinned host memory that offloading takes
     """
 
@@ -217,46 +242,59 @@ def describe(plans: list[Plan]) -> str:
 
 def estimate(
     model: nn.Module, plans: list[Plan], batch: int, length: int, optimizer: str, dtype: torch.dtype,
-    compute: str = "auto",
+    compute: str = "auto", captured: bool = False, buffered: bool = False, accumulated: bool = False,
 ) -> Estimate:  # fmt: skip
     """The Estimate of a step of `batch` x `length` tokens of `model`, with one plan a layer.
 
-    optimizer   a name of FinetuneConfig.optimizer; dtype: what is computed in; compute: of `patch`
+    optimizer    a name of FinetuneConfig.optimizer; dtype: what is computed in; compute: of `patch`
+    captured     whether as a CUDA graph
+    buffered     whether gradients are added to a buffer that is always there, as in a graph and under DDP
+    accumulated  whether a step has several passes, which find the gradients of those before
     """
     shape, M = Shape.on_its_device(model, dtype, compute, length), batch * length
     frozen, trained = model_bytes(model)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    rounded = sum(2 * p.numel() for p in learning if dtype.itemsize == 2 != p.itemsize)
+    angles = 2 * length * shape.queries // shape.heads * shape.itemsize  # their cosines and sines, for RoPE
+    count, buffer = len(plans), trained if captured or buffered else 0
+
+    def moment(activations: int, work: int, forwards: int, backwards: int) -> dict[str, int]:
+        """Parts, once so many layers have gone forward, and of these so many backward."""
+        gradients = trained if accumulated and not buffer else buffer + trained * backwards // count
+        copies = rounded * (forwards - backwards) // count
+        kept = activations + angles
+        return {"adapters": trained + copies, "gradients": gradients, "activations": kept, "work": work}
+
     layers = [shape.kept(M, plan) for plan in plans]
     held = [stays + (0 if plan.offload else may) for (may, stays), plan in zip(layers, plans, strict=True)]
-    flight = max(shape.in_flight(M, plan) for plan in plans)
-    stream = M * shape.hidden * shape.itemsize
+    before = [None, *plans[:-1]]  # the plan of the layer below
+    stream, (at_loss, _) = M * shape.hidden * shape.itemsize, shape.in_flight(M, plans[-1], before[-1])
     loss = 3 * stream + part_bytes(shape, M)  # the last norm's input and output, dx; one part's logits
-    peaks = {"loss": (sum(held) + flight, loss)}
+    moments = [("loss", moment(sum(held) + at_loss, loss, count, 0)), ("step", moment(0, trained, count, count))]
+    embeddings = stream if plans[0].offload else 0  # which transformers holds while it goes forward
+    mask = batch * length**2 if captured else 0  # which transformers makes then, though nobody reads it
     below = 0
-    for plan, own in zip(plans, held, strict=True):
-        if plan.offload:
-            on_their_way, most = shape.leaving(M, plan)
-            peaks["forward"] = max(peaks.get("forward", (0, 0)), (below + on_their_way, most), key=sum)
+    for i, (plan, own) in enumerate(zip(plans, held, strict=True)):
         below += own
-        peaks["layer"] = max(peaks.get("layer", (0, 0)), (below + flight, shape.transient(M, plan)), key=sum)
-    where = max(peaks, key=lambda name: sum(peaks[name]))
-    activations, work = peaks[where]
-    learning = [p for p in model.parameters() if p.requires_grad]
-    rounded = sum(2 * p.numel() for p in learning if dtype.itemsize == 2 != p.itemsize)  # for products: projection.py
-    parameters = [p.numel() for p in learning]
-    return Estimate(
-        {
-            "weights": frozen,
-            "adapters": trained + rounded,
-            "gradients": trained,
-            "optimizer": sum(_state_bytes(numel, optimizer) for numel in parameters),
-            "activations": activations,
-            "workspace": 0 if where == "loss" else work,
-            "loss": work if where == "loss" else 0,
-        },
-        sum(may for (may, _), plan in zip(layers, plans, strict=True) if plan.offload),
-        M,
-        plans,
-    )
+        flight, most = shape.forward(M, plan, before[i])
+        moments.append(("forward", moment(below + flight, most + embeddings + mask, i + 1, 0)))
+        flight, most = shape.backward(M, plan, before[i])
+        moments.append(("backward", moment(below + flight, most, count, count - i - 1)))
+    where, parts = max(moments, key=lambda found: sum(found[1].values()))
+    part, work = {"loss": "loss", "step": "gradients"}.get(where, "workspace"), parts.pop("work")
+    parts = {name: parts.get(name, 0) + (work if name == part else 0) for name in PARTS}
+    parts["weights"] = frozen
+    parts["workspace"] += workspaces(learning[0].device)
+    parts["optimizer"] = sum(_state_bytes(p.numel(), optimizer) for p in learning)
+    host = sum(may for (may, _), plan in zip(layers, plans, strict=True) if plan.offload)
+    return Estimate(parts, host, M, plans)
+
+
+def workspaces(device: torch.device) -> int:
+    """Bytes of cuBLAS's workspaces, of the sizes that torch gives them."""
+    if device.type != "cuda":
+        return 0
+    return 2 * (32 * 2**20 if torch.cuda.get_device_capability(device)[0] >= 9 else 8320 * 2**10)
 
 
 def part_bytes(shape: Shape, M: int) -> int:

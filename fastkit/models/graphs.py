@@ -107,6 +107,12 @@ class Graphs:
         graph.replay()
         return loss.clone()
 
+    def launch(self, compute: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
+        """`run` of rows that are not packed: what it captures, and the copies beside that, launched one by one."""
+        self._attach()
+        with told(self.model, None):
+            return self._pass(compute, {name: x.clone() for name, x in inputs.items()}).clone()
+
     def _pass(self, compute, inputs: Inputs) -> torch.Tensor:
         loss = compute(inputs)
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -120,6 +126,7 @@ class Graphs:
         Where memory runs out, the capture is ended in order before that is raised: the next pass finds all as it was.
         """
         own, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+        torch._C._cuda_clearCublasWorkspaces()  # the capturing stream takes its own, 64 MiB of 32 a thread on sm_90
         packed = None if ended is None else Packed(ended.clone(), inputs["position_ids"].shape[1])
         keepers = {layer.shared.keeper for layer in fused_among(self.layers)}
         torch.cuda.synchronize()
@@ -133,6 +140,7 @@ class Graphs:
                 failed = error.with_traceback(None)  # which holds on to the tensors
                 for keeper in keepers:
                     keeper.join()
+        torch._C._cuda_clearCublasWorkspaces()  # theirs stay in the pool, for the next capture
         if failed is not None:
             raise failed
         return graph, own, packed and packed.cu_seqlens, loss, [keeper.settled() for keeper in keepers]

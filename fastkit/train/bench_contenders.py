@@ -157,16 +157,16 @@ def _estimate(settings: Settings, model, dtype: torch.dtype):
     from fastkit.models.estimate import estimate
     from fastkit.models.plans import plan_of
 
-    step, compute = (settings.batch, settings.seq, "adamw8bit", dtype), _compute(settings)
+    step = settings.batch, settings.seq, "adamw8bit", dtype
+    how = dict(compute=_compute(settings), captured=settings.graphs, buffered=settings.processes > 1)
     if settings.plan != "auto":
-        return estimate(model, [plan_of(settings.plan)] * model.config.num_hidden_layers, *step, compute)
+        return estimate(model, [plan_of(settings.plan)] * model.config.num_hidden_layers, *step, **how)
     device, room = resolve_device(settings.device), settings.budget_gib or settings.limit_gib
     if room is None:
         if device.type == "cpu":
             raise FastkitError("--plan auto on a CPU needs a --budget")
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
-    how = dict(rates=budget.rates(device, dtype), compute=compute, captured=settings.graphs)
-    return budget.choose(model, int(room * 2**30), *step, **how)
+    return budget.choose(model, int(room * 2**30), *step, rates=budget.rates(device, dtype), **how)
 
 
 CONTENDERS = {

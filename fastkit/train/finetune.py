@@ -298,9 +298,9 @@ class FineTune:
             return  # an estimate would be of another model
         size = dict(batch=config.batch_size, length=config.max_length, optimizer=config.optimizer)
         size |= dict(dtype=self.dtype, compute=config.compute)
+        size |= dict(captured=self._captures(), buffered=processes.count() > 1, accumulated=config.accumulation > 1)
         if plan == "auto":
-            how = dict(rates=budget.rates(self.device, self.dtype), captured=self._captures())
-            chosen = budget.choose(self.model, self._budget(), **size, **how)
+            chosen = budget.choose(self.model, self._budget(), rates=budget.rates(self.device, self.dtype), **size)
             set_plan(self.model, chosen.plans)
         else:
             chosen = estimate(self.model, [layer.plan for layer in layers], **size)
