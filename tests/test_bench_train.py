@@ -145,6 +145,42 @@ def test_kernels_count_where_they_were_launched():
     assert sum(host_times.values()) == pytest.approx(0.08)
 
 
+def test_kernels_of_a_graph_count_as_those_that_were_launched_in_their_turn():
+    """But for one of the masks, one in whose place there are two others, and copies beside, in another order."""
+    marks = [event(cat, at, 0.1, name=f"fastkit stage: {name}") for cat in ("user_annotation", "gpu_user_annotation")
+             for at, name in ((10, "forward"), (40, "backward"), (90, "optimizer"), (95, "end"))]  # fmt: skip
+    product = event("user_annotation", 48, 10, name="fastkit part: products")
+    away, back, within = (f"Memcpy {kind}" for kind in ("DtoH (Device -> Pinned)", "HtoD (x)", "DtoD (y)"))
+    launched = {20: "norm", 30: "gemm", 35: "norm", 38: "Memset (Device)", 50: "gemm", 60: within, 92: "adam"}
+    beside = {39: away, 42: back}
+
+    def one_by_one(names, dur, stream=7):
+        host = [event("cuda_runtime", at, 1, correlation=at) for at in names]
+        return host + [
+            event("kernel", 100 + at, dur, name=name, correlation=at, stream=stream) for at, name in names.items()
+        ]
+
+    once = [*marks, product, *one_by_one(launched, 100), *one_by_one(beside, 10, stream=8)]
+    for copy in once:
+        if copy.get("name", "").startswith("Memcpy"):
+            copy["cat"] = "gpu_memcpy"
+    replay = [event("cuda_runtime", 15, 1, name="cudaGraphLaunch", correlation=1)]
+    replayed = [("mask", 3), ("norm", 20), (back, 11), ("gemm", 400), ("norm", 30), ("Memset (Unknown)", 2), (away, 12)]
+    replayed += [("gemm of another kind", 600), ("its sums", 40), ("memcpy128", 7)]
+    replay += [
+        event("kernel", 200 + n, us, name=name, correlation=1, stream=9 if us < 20 else 7)
+        for n, (name, us) in enumerate(replayed)
+    ]
+    found = bench_stages.attribute_replayed([*marks, *one_by_one({120: "adam"}, 5), *replay[::-1]], once)
+    assert found == {
+        ("forward", "other"): pytest.approx(0.003 + 0.02 + 0.4 + 0.03 + 0.002),
+        ("backward", "products"): pytest.approx(0.6 + 0.04),
+        ("backward", "other"): pytest.approx(0.007),
+        ("optimizer", "other"): pytest.approx(0.005),
+        ("beside", "copies"): pytest.approx(0.023),
+    }
+
+
 def test_the_floor_counts_the_model_itself():
     from transformers import AutoModelForCausalLM
 
@@ -351,8 +387,11 @@ def test_on_a_gpu(model, capsys):
 
 
 @pytest.mark.gpu
-def test_a_step_of_a_graph_is_profiled_launched(model):
-    changes = dict(device="cuda", graphs=True, steps=4, warmup=3)
-    rows = carry_out(settings(model, **changes))["stages"]
+@pytest.mark.parametrize("plan", ["keep", "recompute-mlp+offload"])
+def test_parts_of_a_graph(model, plan):
+    rows = carry_out(settings(model, device="cuda", graphs=True, steps=4, warmup=3, plan=plan))["stages"]
     assert isinstance(rows, list), rows
-    assert ("forward", "products") in {(row["stage"], row["part"]) for row in rows}
+    places = {(row["stage"], row["part"]) for row in rows}
+    layer = {(stage, part) for stage in ("forward", "backward") for part in ("products", "attention", "elementwise")}
+    assert layer < places and ("backward", "adapters") in places and not [p for p in places if p[0] == "unknown"]
+    assert (("beside", "copies") in places) == plan.endswith("+offload")

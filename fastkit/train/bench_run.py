@@ -39,6 +39,7 @@ class Run:
         if settings.processes > 1 and not self._is_sharded():
             self.model = DistributedDataParallel(self.model)
         self.graphs = Graphs(self.model) if settings.graphs else None
+        self.replays = settings.graphs  # as against launched one by one
 
     def _is_sharded(self) -> bool:
         return self.settings.processes > 1 and self.settings.strategy == "fsdp2"
@@ -63,6 +64,15 @@ class Run:
         with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
             return self.model(input_ids=ids, labels=ids).loss
 
+    def gradients(self, ids: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, whose gradients are the parameters' `grad` now."""
+        if self.graphs is None:
+            loss = self.forward(ids)
+            loss.backward()
+            return loss
+        run = self.graphs.run if self.replays else self.graphs.launch
+        return run(lambda inputs: self.forward(**inputs), {"ids": ids})
+
     def update(self) -> None:
         """The optimizer's part of a step."""
         self.optimizer.step()
@@ -73,21 +83,17 @@ class Run:
         """(seconds by the wall clock between two waits for the device, the loss) of a step."""
         self.synchronize()
         start = time.perf_counter()
-        if self.graphs is not None:
-            loss = self.graphs.run(lambda inputs: self.forward(**inputs), {"ids": ids})
-        else:
-            loss = self.forward(ids)
-            loss.backward()
+        loss = self.gradients(ids)
         self.update()
         self.synchronize()
         return time.perf_counter() - start, loss.item()
 
     def launch(self) -> None:
-        """From here on, kernel by kernel: in a graph's replay nothing tells what a kernel belongs to."""
-        if self.graphs is not None:
-            self.graphs = None
-            gc.collect()
-            torch.cuda.empty_cache()  # of what the graph worked in
+        """From here on, kernel by kernel."""
+        self.replays, self.graphs = False, None
+        gc.collect()
+        torch.cuda.empty_cache()  # of what the graph worked in
+        self.graphs = Graphs(self.model)
 
     def link(self) -> dict:
         """What joins several GPUs, and how fast they add up 256 MiB: GB/s that each sends (NCCL's bus bandwidth)."""
@@ -151,7 +157,6 @@ def measure(settings: Settings) -> dict:
     try:
         found = None
         if settings.who == "ours" and settings.processes == 1:
-            run.launch()
             found = stages(run, batches, PROFILED)
     except (RuntimeError, FastkitError) as error:  # a GPU that may not be profiled, memory that does not suffice
         found = first_line(error)
