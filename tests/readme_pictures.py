@@ -19,7 +19,7 @@ from fastkit.train.bench_train import TrainBenchConfig
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURES = README.parent / "data" / "pictures"
-BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- measured: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = 64
 # operations that the picture leaves out
 ONLY_IN_TABLE = re.compile(r"geglu|(swiglu|rope) (for|back)ward|.*transposed|nf4 matvec\n(4|16)|linear_.*\n.*×128256")
