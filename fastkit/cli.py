@@ -280,11 +280,13 @@ def _generate(argv: list[str]) -> int:
 
 def _warmup(argv: list[str]) -> int:
     config = _parse(WarmupConfig, "warmup", argv)
-    import torch
+    with _loading():
+        import torch
 
     if config.device == "auto" and not torch.cuda.is_available():
         raise FastkitError("there is no GPU here to compile for: kernels are compiled by the machine that runs them")
-    from fastkit.models.warmup import ALL, warm_up
+    with _loading():
+        from fastkit.models.warmup import ALL, warm_up
 
     settings = {name: value for name, value in vars(config).items() if name not in ("model", "plan")}
     print(warm_up(config.model, plans=ALL if config.plan == ["all"] else config.plan, **settings))
@@ -340,10 +342,12 @@ def _bench(argv: list[str]) -> int:
 def _bench_model(argv: list[str]) -> int:
     command = " ".join(["fastkit bench", *argv])
     if argv[0] == "train":
-        from fastkit.train import bench_train
+        with _loading():
+            from fastkit.train import bench_train
 
         return bench_train.run(_parse(bench_train.TrainBenchConfig, "bench train", argv[1:]), command)
-    from fastkit.train import same_learning
+    with _loading():
+        from fastkit.train import same_learning
 
     return same_learning.run(_parse(same_learning.SameLearningConfig, "bench learning", argv[1:]), command)
 

@@ -224,7 +224,8 @@ def _decode(state_ptrs, absmax_ptrs, map_ptr, mask, block_mask):
 def _encode(x, state_ptrs, absmax_ptrs, tree_ptr, mask, block_mask):
     """Store x [BLOCK_M, BLOCK_N] as bytes, each the number of midpoints below x / absmax."""
     absmax = tl.max(tl.abs(x), axis=1)  # [BLOCK_M]
-    relative = x * (1.0 / tl.maximum(absmax, 1.1754944e-38))[:, None]  # the least normal number: 0 stays 0
+    absmax = tl.where(absmax < 1.1754944e-38, 0.0, absmax)  # the least normal number: less has no reciprocal
+    relative = x * (1.0 / tl.maximum(absmax, 1.1754944e-38))[:, None]  # 0 stays 0
     node = tl.full(x.shape, 1, tl.int32)
     for _ in tl.static_range(8):
         node = 2 * node + (relative > tl.load(tree_ptr + node)).to(tl.int32)

@@ -135,8 +135,13 @@ def decoded(codes: torch.Tensor, absmax: torch.Tensor, qmap: torch.Tensor) -> to
 
 
 def encoded(x: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes [n], absmax [ceil(n / 256)]) of x [n], in plain torch; a tie goes to the lower code."""
+    """(codes [n], absmax [ceil(n / 256)]) of x [n], in plain torch; a tie goes to the lower code.
+
+    A block of nothing but subnormal numbers is taken for zeros.
+    """
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK_N)).view(-1, BLOCK_N)
+    least = torch.finfo(torch.float32).tiny  # normal; less has no reciprocal
     absmax = blocks.abs().amax(1)
-    relative = blocks * (1 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]  # 0 stays 0
+    absmax = absmax.where(absmax >= least, 0.0)
+    relative = blocks * (1 / absmax.clamp(min=least))[:, None]  # 0 stays 0
     return torch.bucketize(relative, midpoints(qmap)).view(-1)[: x.numel()], absmax

@@ -16,6 +16,7 @@ from on_meta import on_meta
 
 from fastkit.errors import FastkitError
 from fastkit.kernels import gated_product
+from fastkit.lab.results import recorded
 from fastkit.models import attend, budget, estimate
 from fastkit.models.budget import choose, device_bytes, leaner, worth_having
 from fastkit.models.estimate import Shape, describe, model_bytes, parse_bytes
@@ -197,6 +198,38 @@ def test_the_peak_is_what_the_estimate_says(folder, compute, monkeypatch):
             found = live.peak + frozen + 2 * trained  # and the buffer of the gradients
             peak = expected[plan].peak - expected[plan].parts["optimizer"]
             assert abs(found - peak) <= 0.02 * found, plan
+
+
+@pytest.mark.parametrize("name, tokens", [("budgets_h200", (4, 2048)), ("lean_h200", (1, 2048))])
+def test_the_peaks_that_were_recorded_are_what_the_estimate_says(name, tokens, sized, monkeypatch):
+    """Of an H200, whose attention is ours where there is no GPU, too."""
+    monkeypatch.setattr(gated_product, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(estimate, "workspaces", lambda device: 2 * 32 * 2**20)
+    rows = [row for row in recorded(name)["rows"] if row["what"] == "step"]
+    assert rows
+    for row in rows:
+        found = [run.split(" ") for run in row["layers"].split(", ")]
+        plans = [PLANS[name] for count, _, name in found for _ in range(int(count))]
+        trained = 4 * row["trained"]
+        there = row["loaded_gib"] * 2**30 - trained, trained
+        monkeypatch.setattr(estimate, "model_bytes", lambda model, there=there: there)
+        peak = estimate.estimate(sized, plans, *tokens, "adamw8bit", torch.bfloat16).peak
+        assert peak == pytest.approx(row["peak_allocated_gib"] * 2**30, rel=0.01), row["who"]
+
+
+def test_gradients_are_there_as_often_as_a_step_has_them(sized, monkeypatch):
+    """At the peak: the last layer's forward, the first's backward, and the optimizer's step."""
+
+    def gradients(plan, batch=4, length=2048, trained=160 * 2**20, **how):
+        monkeypatch.setattr(estimate, "model_bytes", lambda model: (4 * 2**30, trained))
+        step = estimate.estimate(sized, [PLANS[plan]] * 32, batch, length, "adamw8bit", torch.bfloat16, **how)
+        return step.parts["gradients"] / trained
+
+    last, first, step = ("keep",), ("recompute-mlp-qkv+offload",), ("recompute-mlp-qkv+offload", 1, 1, 2**34)
+    assert [gradients(*peak) for peak in (last, first, step)] == [0, 31 / 32, 2]
+    assert [gradients(*peak, captured=True) for peak in (last, first, step)] == [1, 63 / 32, 2]
+    assert [gradients(*peak, buffered=True) for peak in (last, first, step)] == [1, 63 / 32, 3]
+    assert [gradients(*peak, accumulated=True) for peak in (last, first)] == [1, 1]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -270,7 +270,8 @@ def estimate(
     before = [None, *plans[:-1]]  # the plan of the layer below
     stream, (at_loss, _) = M * shape.hidden * shape.itemsize, shape.in_flight(M, plans[-1], before[-1])
     loss = 3 * stream + part_bytes(shape, M)  # the last norm's input and output, dx; one part's logits
-    moments = [("loss", moment(sum(held) + at_loss, loss, count, 0)), ("step", moment(0, trained, count, count))]
+    gathered = 0 if captured else trained  # after a graph a pass's own gradients are gone
+    moments = [("loss", moment(sum(held) + at_loss, loss, count, 0)), ("step", moment(0, gathered, count, count))]
     embeddings = stream if plans[0].offload else 0  # which transformers holds while it goes forward
     mask = batch * length**2 if captured else 0  # which transformers makes then, though nobody reads it
     below = 0
@@ -294,7 +295,7 @@ def workspaces(device: torch.device) -> int:
     """Bytes of cuBLAS's workspaces, of the sizes that torch gives them."""
     if device.type != "cuda":
         return 0
-    return 2 * (32 * 2**20 if torch.cuda.get_device_capability(device)[0] >= 9 else 8320 * 2**10)
+    return 2 * (32 * 2**20 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 8320 * 2**10)
 
 
 def part_bytes(shape: Shape, M: int) -> int:
