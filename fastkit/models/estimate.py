@@ -112,13 +112,16 @@ class Shape:
         That is what the half kept, and what the half before it did, which is on its way; before: the plan of the layer
         below. At the loss as much is there as in the backward of the last MLP.
         """
-        own = self.kept(M, plan)[0] if plan.offload else 0
-        below = 0
-        if before is not None and before.offload:
-            below = self.of_mlp(M, before) if before.attention else self.kept(M, before)[0]
+        own, below = self.kept(M, plan)[0] if plan.offload else 0, self.leaving(M, before)
         if not plan.attention:  # one half keeps for both
             return own + below, own + below
-        return own, own - (self.of_mlp(M, plan) if plan.offload else 0) + below
+        return own, own - self.leaving(M, plan) + below
+
+    def leaving(self, M: int, plan: Plan | None) -> int:
+        """Bytes that a layer's last half offloads, of the halves that keep any; 0 where there is no layer."""
+        if plan is None or not plan.offload:
+            return 0
+        return self.of_mlp(M, plan) if plan.attention else self.kept(M, plan)[0]
 
     def transient(self, M: int, plan: Plan) -> int:
         """The most bytes that a layer's backward holds beside what was kept."""
@@ -169,18 +172,16 @@ class Shape:
         What the MLP before kept is on its way out, and what the attention kept is yet to go.
         """
         K, I, s = self.hidden, self.intermediate, self.itemsize
-        m, qkv = -(-M // plan.chunks), self.queries + 2 * self.keys
+        m = -(-M // plan.chunks)
         unwritten = self.gated and not plan.gate_up  # a comes in place of gate and up
         hidden = m * I * s * (1 if unwritten else 2)
-        leaving = 0
-        if before is not None and before.offload:
-            leaving = M * (K + (2 * I if before.gate_up else 0)) * s
-        own = M * (K + (self.queries if plan.attention else 0) + (qkv if plan.qkv else 0)) * s
+        leaving, of_mlp = self.leaving(M, before), self.of_mlp(M, plan)
+        own = self.kept(M, plan)[0] - of_mlp
         gate_up = (m * K + 2 * I * K) * self.factor + hidden
         down = (hidden if plan.gate_up else 0) + (m * I + K * I) * self.factor + m * K * s
         most = max(gate_up, down, 0 if unwritten else hidden + m * I * self.factor)
         most += M * K * s * (2 if plan.chunks > 1 else 1)  # x2, and the parts of y
-        return (leaving + own, most) if plan.offload else (leaving, most - self.of_mlp(M, plan))
+        return (leaving + own, most) if plan.offload else (leaving, most - of_mlp)
 
     def _mlp(self, m: int, kept: bool, holds: bool) -> int:
         """The same of the MLP alone, for m tokens at a time, where gate and up are kept or not, W_gu held or not."""

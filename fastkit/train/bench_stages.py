@@ -150,23 +150,20 @@ def attribute_replayed(events: list[dict], launched: list[dict]) -> dict[tuple[s
     host run beside both, each direction in its own order.
     """
     times = []
-    for ours, theirs in zip(_by_step(events), _by_step(launched), strict=True):
+    for steps in zip(_by_step(events), _by_step(launched), strict=True):
         for direction in ("DtoH", "HtoD", ""):
-            places = [place for name, place, _ in theirs if _direction(name) == direction]
-            names = [name for name, _, _ in theirs if _direction(name) == direction]
-            found = [(name, us) for name, _, us in ours if _direction(name) == direction]
-            matcher = SequenceMatcher(None, names, [name for name, _ in found], autojunk=False)
-            for _, first, last, start, stop in matcher.get_opcodes():
-                for n, (_, us) in enumerate(found[start:stop]):
-                    at = min(first + n, last - 1) if last > first else None
-                    place = _beside(places, first) if at is None else places[at]
-                    times.append((place, us))
+            times += _aligned(*([work for work in step if _direction(work[0]) == direction] for step in steps))
     return _sums(times)
 
 
-def _beside(places: list[tuple[str, str]], at: int) -> tuple[str, str]:
-    """Where a kernel belongs that no launched one stands for, before the `at`-th: to its stage."""
-    return (places[min(at, len(places) - 1)][0], OTHER) if places else (UNKNOWN, OTHER)
+def _aligned(ours: list[tuple], theirs: list[tuple]) -> Iterator[tuple[tuple[str, str], float]]:
+    """(place, us) of each of `ours`, of _by_step; where none of `theirs` stands for it, its stage is the next one's."""
+    places = [place for _, place, _ in theirs] or [(UNKNOWN, OTHER)]
+    names = ([name for name, _, _ in work] for work in (theirs, ours))
+    for _, first, last, start, stop in SequenceMatcher(None, *names, autojunk=False).get_opcodes():
+        stand = places[first:last] or [(places[min(first, len(places) - 1)][0], OTHER)]
+        for n, (_, _, us) in enumerate(ours[start:stop]):
+            yield stand[min(n, len(stand) - 1)], us
 
 
 def _direction(name: str) -> str:
@@ -176,8 +173,7 @@ def _direction(name: str) -> str:
 
 def _by_step(events: list[dict]) -> list[list[tuple[str, tuple[str, str], float]]]:
     """(name, place, us) of the GPU's work in each step, in the order in which it began."""
-    begins = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == STAGE + STAGES[0]]
-    starts = sorted(event["ts"] for event in begins)
+    starts = sorted(event["ts"] for event in _annotations(events) if event["name"] == STAGE + STAGES[0])
     found = [[] for _ in starts]
     for event, place in _placed(events):
         if at := bisect.bisect_right(starts, event["ts"]):
@@ -227,7 +223,7 @@ def _placed(events: list[dict]) -> list[tuple[dict, tuple[str, str]]]:
 
 def _marked(events: list[dict]) -> tuple[list[float], list[tuple[str, str]], list[float]]:
     """The `_timeline` of a trace."""
-    named = [event for event in events if event.get("ph") == "X" and event.get("cat") == "user_annotation"]
+    named = _annotations(events)
     return _timeline(
         [(event["ts"], event["name"].removeprefix(STAGE)) for event in named if event["name"].startswith(STAGE)],
         [
@@ -236,6 +232,11 @@ def _marked(events: list[dict]) -> tuple[list[float], list[tuple[str, str]], lis
             if event["name"].startswith(PART)
         ],
     )
+
+
+def _annotations(events: list[dict]) -> list[dict]:
+    """What `record_function` marked, on the host."""
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") == "user_annotation"]
 
 
 def _timeline(
