@@ -68,6 +68,15 @@ ENDINGS = {
         solution("vector_add").replace("tl.store(", "tl.stoer("),
         "exception", "has no attribute 'stoer'", "tl.stoer(out_ptr + cols, x + y, mask=mask)",
     ),
+    "in generated code": (
+        "from dataclasses import dataclass, field\n\n@dataclass\nclass Size:\n"
+        "    n: int = field(default_factory=next)\n\ndef vector_add(x, y, out):\n    Size()\n",
+        "exception", "raised TypeError", "line 8: Size()",
+    ),
+    "in Python's library": (
+        "import json\n\ndef vector_add(x, y, out):\n    json.loads('')\n",
+        "exception", "raised JSONDecodeError", "line 4: json.loads('')",
+    ),
     "calls itself": (
         "def vector_add(x, y, out):\n    vector_add(x, y, out)\n",
         "exception", "RecursionError: it calls itself without end", "line 2: vector_add(x, y, out)",

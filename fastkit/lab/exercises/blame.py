@@ -10,12 +10,14 @@ from pathlib import Path
 from fastkit.lab.exercises.finding import Finding
 
 _SPECS = filter(None, map(importlib.util.find_spec, ("triton", "torch", "numpy")))
-NOT_THEIRS = tuple(str(Path(file).parent) + os.sep for file in (*(spec.origin for spec in _SPECS), __file__))
+_FILES = (os.__file__, *(spec.origin for spec in _SPECS), __file__)  # of Python's library, theirs, and ours
+GENERATED = "<frozen", "<string>"  # the latter, say, a dataclass's __init__, as the interpreter's tensors have
+NOT_THEIRS = (*(str(Path(file).parent) + os.sep for file in _FILES), *GENERATED)
 
 
 def theirs(file: str) -> bool:
-    """Whether code in `file` is the learner's, not Triton's, torch's, numpy's or ours."""
-    return not file.startswith((*NOT_THEIRS, "<frozen"))
+    """Whether code in `file` is the learner's, not Python's, Triton's, torch's, numpy's or ours."""
+    return not file.startswith(NOT_THEIRS)
 
 
 def place_of(frame) -> tuple[str, int] | None:
